@@ -8,8 +8,8 @@ an RMSNorm, so every token activates its own number of experts:
     out = sum_e g_e * down_e(hidden_act(up_e(x))) [.., D]
 
 The experts live in two ordinary `nn.Linear`s (up: D -> E*d, down: E*d -> D), so that 8-bit quantisation reaches them.
-The hub's own layouts (`block`: 3-D expert tensors, `block_linear`: 2-D ones, both without `.weight`) are converted while
-loading and converted back by `save_pretrained`.
+The hub's own layouts (`block`: 3-D expert tensors, `block_linear`: 2-D ones, both without `.weight`) are converted
+while loading and converted back by `save_pretrained`.
 """
 
 import os
@@ -69,6 +69,9 @@ class BlockFFNConfig(MiniCPM3Config):
         if self.attention_type == "vanilla":
             # MiniCPM3Config sets the rotary width of MLA; grouped-query attention rotates whole heads.
             self.head_dim = self.hidden_size // self.num_attention_heads
+        else:
+            # MLA's latent is expanded to every head, whatever config.json says of key-value heads.
+            self.num_key_value_heads = self.num_attention_heads
 
 
 class SumNorm(nn.Module):
@@ -185,7 +188,9 @@ class BlockFFNForCausalLM(BlockFFNPreTrainedModel, MiniCPM3ForCausalLM):
         if info["error_msgs"]:
             problems.append(str(info["error_msgs"]))
         if problems:
-            raise CheckpointError(f"{pretrained_model_name_or_path} does not fit its config.json: {'; '.join(problems)}")
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path} does not fit its config.json: {'; '.join(problems)}"
+            )
         return (model, info) if wants_info else model
 
 
@@ -193,13 +198,18 @@ class _FlattenExperts(ConversionOps):
     """Hub expert tensors -> `nn.Linear` weights; `block` is 3-D, `block_linear` is already 2-D."""
 
     @torch.no_grad()
-    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
-        """up [E, d, D] -> [E*d, D]; down [E, D, d] -> [D, E*d]; 2-D tensors pass through."""
+    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
+        """up [E, d, D] -> [E*d, D]; down [E, D, d] -> [D, E*d]; 2-D tensors pass through.
+
+        So does a 3-D tensor of another shape, such as [d, E, D]: flattened it could fit and mean something else, as it
+        is `from_pretrained` names it.
+        """
         (tensors,) = input_dict.values()
         tensor = tensors[0] if isinstance(tensors, list) else tensors
-        if tensor.ndim == 3:
+        is_down = "down_proj" in target_patterns[0]
+        inner = (config.hidden_size, config.expert_size) if is_down else (config.expert_size, config.hidden_size)
+        if tuple(tensor.shape) == (config.num_experts, *inner):
             # up's rows are (expert, neuron); down's columns are, so its expert axis moves inwards first
-            is_down = "down_proj" in target_patterns[0]
             tensor = tensor.transpose(0, 1).flatten(1) if is_down else tensor.flatten(0, 1)
         return {target_patterns[0]: tensor.contiguous()}
 

@@ -1,0 +1,132 @@
+"""Settings of the study: flat constants, read by scripts and notebooks (never by src).
+
+Every script shows its settings as flags (`--help`); a flag beats this file. Three environment variables beat it too, so
+that scripts, notebooks and scripts/run_all.sh agree: BLOCKFFN_MODEL, BLOCKFFN_OUTPUT_DIR, BLOCKFFN_QUICK.
+"""
+
+import os
+import re
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parent
+
+# --- Model ---------------------------------------------------------------------------------------------------------
+# `blockffn-tiny` (ships in assets/), a folder, or a hub name. On a 12 GB GPU: "SparseLLM/BlockFFN-3B-SFT".
+MODEL_NAME = os.environ.get("BLOCKFFN_MODEL") or "blockffn-tiny"
+_TINY = MODEL_NAME == "blockffn-tiny"
+# Where hub downloads are kept, one folder for all models (the 3B takes about 6 GB).
+MODEL_CACHE_DIR = _ROOT / "cache"
+# "auto" (cuda where there is one, else cpu), "cpu", "cuda", "cuda:1" ...
+DEVICE = "auto"
+# "auto" (float32 on CPU; on CUDA bfloat16 where the card has it, else float16), "float32", "float16", "bfloat16".
+DTYPE = "auto"
+# Load in 8 bit (bitsandbytes) when the weights do not fit otherwise.
+USE_8BIT_FALLBACK = True
+# Tokens: the MAX_SEQ_LEN to try again with after running out of GPU memory.
+OOM_SEQ_LEN_FALLBACK = 256
+# GB (1e9 bytes) of GPU memory that weights and activations may take; a little below the 12 GB of an RTX 3060.
+MAX_MEMORY_GB = 11.0
+
+# --- Mamba-2 sidecar -----------------------------------------------------------------------------------------------
+MAMBA_D_STATE = 64  # state width N per head
+MAMBA_D_CONV = 4  # tokens the causal convolution sees
+MAMBA_EXPAND = 2  # inner width / model width
+MAMBA_HEADDIM = 64  # width of a head
+# "random", or "attention": in_proj from the layer's V, K, Q, out_proj from O (then d_state = head width, expand 1).
+MAMBA_INIT = "random"
+
+# --- Hybrid layers and gates ---------------------------------------------------------------------------------------
+# Mamba shares of 05: 0 = attention only, 1 = Mamba only.
+ALPHA_SWEEP = [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
+# Layers that get a sidecar: "all", "middle" (L//3 .. 2L//3-1), "first_half", "last_half", or a list of indices.
+TARGET_LAYERS = "middle"
+# "fixed" (alpha for every token), "routing" (by the router's sparsity) or "learned".
+GATE_MODE = "routing"
+# Which router a routing gate reads: "previous" (layer l-1's) or "lookahead" (layer l's on the layer's normed input).
+GATE_SIGNAL = "previous"
+# Sparsity (0-1) from which an uncalibrated hard routing gate sends a token to Mamba.
+SPARSITY_THRESHOLD = 0.7
+# Width of the soft routing gate's sigmoid, in units of sparsity: small = nearly a step.
+GATE_TEMPERATURE = 0.1
+# The temperatures that 07 compares.
+GATE_TEMPERATURES = [0.03, 0.1, 0.3]
+# Mean Mamba shares (0-1) at which 07 compares the gates.
+GATE_SHARES = [0.25, 0.5, 0.75]
+
+# --- Distillation of the sidecars (04) -----------------------------------------------------------------------------
+# Stage A: each sidecar alone, teacher's input to teacher's attention output. Stage B: end to end,
+# KL(teacher || hybrid) under random masks.
+# The 3B on 12 GB: stage A one layer at a time (DISTILL_BATCH_SIZE 2, DISTILL_SEQ_LEN 512), stage B optional.
+DISTILL_SEQ_LEN = 512  # tokens per training sequence
+DISTILL_BATCH_SIZE = 8 if _TINY else 2  # sequences per step
+DISTILL_STEPS_A = 600 if _TINY else 1000  # optimiser steps per layer
+DISTILL_STEPS_B = 400 if _TINY else 0  # optimiser steps for all target layers together; 0 leaves stage B out
+DISTILL_LR_A = 2e-3 if _TINY else 5e-4  # AdamW's peak learning rate
+DISTILL_LR_B = 5e-4 if _TINY else 1e-4
+DISTILL_WARMUP = 0.05  # share of the steps over which the learning rate rises
+DISTILL_WEIGHT_DECAY = 0.01
+DISTILL_TRAIN_WINDOWS = 1024 if _TINY else 2048  # training sequences in the pool that steps draw from
+DISTILL_VALIDATION_WINDOWS = 16  # sequences behind the validation curve
+
+# --- Text and evaluation -------------------------------------------------------------------------------------------
+# "mixed" (docs + code + math + story), one of these, "wikitext" (needs the hub), or a .txt/.jsonl file.
+EVAL_DATASET = "mixed"
+# Documents that 05 and 07 score; "mixed" takes its domains in turn.
+MAX_EVAL_SAMPLES = 72
+# Tokens kept of one document (its beginning).
+MAX_EVAL_DOCUMENT_TOKENS = 1024 if _TINY else 512
+# Documents that 06 scores (it scores them once for every layer).
+LAYER_EVAL_SAMPLES = 32
+# Documents that gates are calibrated on (disjoint from those that are scored).
+CALIBRATION_SAMPLES = 32
+# Tokens a scoring window holds.
+MAX_SEQ_LEN = 1024 if _TINY else 512
+# Tokens between the starts of scoring windows; the rest of a window is context. MAX_SEQ_LEN = no overlap.
+EVAL_STRIDE = 512 if _TINY else 256
+# Windows per forward pass.
+EVAL_BATCH_SIZE = 4 if _TINY else 1
+# Tokens generated for each prompt.
+MAX_NEW_TOKENS = 40
+# Share of the probability mass outside the intervals: 0.05 gives 95 % intervals.
+CONFIDENCE_LEVEL = 0.95
+# Bootstrap resamples (of documents) behind every interval.
+BOOTSTRAP_RESAMPLES = 10_000
+# Prompts of 03, and of the generations in 05 and 07.
+# No dollar signs: plots print them, and matplotlib reads those as maths.
+TEST_PROMPTS = [
+    "The capital of France is",
+    "Water boils at 100 degrees Celsius because",
+    'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
+    'import os\n\nfor name in sorted(os.listdir(".")):\n    if name.endswith(".py"):',
+    "Question: A baker sells 12 loaves in the morning and 15 after lunch. How many is that in two days?\nAnswer:",
+    "If 3x + 4 = 19, then x =",
+    "Once upon a time, in a village between two rivers, there lived a clockmaker who",
+    "Alice gave the red book to Bob. Bob gave the red book to Carol. Now the red book belongs to",
+]
+
+# --- Seeds ---------------------------------------------------------------------------------------------------------
+SEED = 0  # everything that draws: data order, initialisation, bootstrap, tie-breaking of hard gates
+RANDOM_GATE_SEEDS = [0, 1, 2]  # one run of each random control per seed
+
+# --- --quick: the same path through every script, on less -----------------------------------------------------------
+QUICK_EVAL_SAMPLES = 8  # documents scored, and calibrated on
+QUICK_DISTILL_STEPS = 20  # optimiser steps per stage where a quick run trains at all
+QUICK_MAX_NEW_TOKENS = 8  # tokens generated for each prompt
+QUICK_PROMPTS = 2  # prompts that are generated from
+
+# --- Results -------------------------------------------------------------------------------------------------------
+# True under `run_all.sh --quick`: fewer documents and steps, results in a folder of their own.
+QUICK = os.environ.get("BLOCKFFN_QUICK", "0") not in ("", "0")
+# Root of all results; a relative BLOCKFFN_OUTPUT_DIR is relative to this file.
+OUTPUT_DIR = _ROOT / (os.environ.get("BLOCKFFN_OUTPUT_DIR") or "outputs")
+# This model's results: the same rule as results.model_slug and results.output_dir (tested).
+MODEL_SLUG = re.sub(r"[^A-Za-z0-9._-]+", "-", MODEL_NAME).strip("-._") or "model"
+MODEL_OUTPUT_DIR = OUTPUT_DIR / (MODEL_SLUG + ("-quick" if QUICK else ""))
+MODEL_INFO_PATH = MODEL_OUTPUT_DIR / "model_info.json"
+ROUTING_SIGNALS_PATH = MODEL_OUTPUT_DIR / "routing_signals.json"
+ROUTING_TOKENS_PATH = MODEL_OUTPUT_DIR / "routing_tokens.npz"
+ALPHA_SWEEP_RESULTS_PATH = MODEL_OUTPUT_DIR / "alpha_sweep_results.csv"
+LAYER_REPLACEMENT_PATH = MODEL_OUTPUT_DIR / "layer_replacement_results.csv"
+GATED_HYBRID_RESULTS_PATH = MODEL_OUTPUT_DIR / "gated_hybrid_results.csv"
+VERDICT_PATH = MODEL_OUTPUT_DIR / "verdict.json"
+REPORT_PATH = MODEL_OUTPUT_DIR / "report.html"

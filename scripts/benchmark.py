@@ -1,0 +1,268 @@
+"""Speed of perplexity against the machine's bare matrix products, and what capturing router signals costs.
+
+    python scripts/benchmark.py eval       tokens per second of score_documents, of its matrix products alone, the ratio
+    python scripts/benchmark.py capture    a forward with RoutingExtractor against the plain forward
+
+Both measure what they compare in turns, so that a machine that slows down slows down both, and print one JSON line at
+the end. Stop everything else that runs on the machine before believing a figure.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import config
+from src import costs, results, text_data
+from src.eval_utils import WindowRef, model_device, score_documents
+from src.model_loading import context_length, load_model, memory_estimate
+from src.routing_extractor import RoutingExtractor
+
+
+def parse_arguments():
+    parser = results.ArgumentParser("Speed of perplexity, and what capturing router signals costs.")
+    parser.add_argument("what", choices=("eval", "capture"), help="what to measure")
+    parser.add_argument("--model", default=config.MODEL_NAME, help="blockffn-tiny, a folder or a hub name")
+    parser.add_argument("--device", default=config.DEVICE, help="auto, cpu, cuda, cuda:1")
+    parser.add_argument("--dtype", default=config.DTYPE, help="auto, float32, float16 or bfloat16")
+    parser.add_argument("--dataset", default=config.EVAL_DATASET, help="eval: text, as in 05")
+    parser.add_argument("--documents", type=int, default=24, help="eval: evaluation documents to score")
+    parser.add_argument("--max-seq-len", type=int, help="tokens per window or forward (default: the config's)")
+    parser.add_argument("--stride", type=int, help="eval: tokens between windows (default: the config's)")
+    parser.add_argument(
+        "--batch-size", type=int, help="full windows per forward (default: eval the config's, capture 1)"
+    )
+    parser.add_argument("--repeats", type=int, help="rounds of both in turns (default: 5 for eval, 31 for capture)")
+    parser.add_argument("--quick", action="store_true", default=config.QUICK, help="4 documents, 3 rounds")
+    parser.add_argument("--seed", type=int, default=config.SEED, help="documents and random tokens")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.repeats, arguments.documents = arguments.repeats or 3, min(arguments.documents, 4)
+    if arguments.repeats is None:
+        arguments.repeats = 5 if arguments.what == "eval" else 31
+    if arguments.batch_size is None:
+        arguments.batch_size = config.EVAL_BATCH_SIZE if arguments.what == "eval" else 1
+    for name in ("documents", "max_seq_len", "stride", "batch_size", "repeats"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise results.UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if arguments.stride and arguments.max_seq_len and arguments.stride > arguments.max_seq_len:
+        raise results.UserError(f"--stride is {arguments.stride}, more than --max-seq-len {arguments.max_seq_len}")
+    return arguments
+
+
+def clock(device: torch.device, run) -> float:
+    """Wall seconds of `run()`, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+# ---- eval
+
+
+class Products:
+    """The matrix products of a scoring run, recorded once and replayed alone, on buffers that exist already.
+
+    Linear layers are replayed with the model's own weights in their own order; attention as q k^T and p v over the full
+    T x T square of every batch, each head for itself. Nothing elementwise runs, nothing is allocated or checked.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self.model = model
+        self.device = device
+        self.dtype = model.dtype
+        self.linear: list[tuple[torch.Tensor, int]] = []
+        self.attention: list[tuple[int, int]] = []
+        self.positions = self.padding = 0
+        self.buffers: dict[tuple[int, ...], torch.Tensor] = {}
+        self.shape = costs.model_shape(model.config)
+
+    def on_batch(self, rows: list[WindowRef]) -> None:
+        longest = max(row.length for row in rows)
+        self.attention.append((len(rows), longest))
+        self.positions += len(rows) * longest
+        self.padding += len(rows) * longest - sum(row.length for row in rows)
+
+    def record(self, score) -> None:
+        """Run `score(on_batch)` and note every product."""
+
+        def note(module, arguments):
+            self.linear.append((self._weight(module), arguments[0].shape[:-1].numel()))
+
+        linears = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        handles = [module.register_forward_pre_hook(note) for module in linears]
+        try:
+            score(self.on_batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _weight(self, module: nn.Linear) -> torch.Tensor:
+        # 8-bit weights compute in the model's type
+        return module.weight if module.weight.is_floating_point() else self._buffer("weight", *module.weight.shape)
+
+    def _buffer(self, role: str, *shape: int) -> torch.Tensor:
+        key = (role, *shape)
+        if key not in self.buffers:
+            self.buffers[key] = torch.randn(shape, device=self.device, dtype=self.dtype)
+        return self.buffers[key]
+
+    def replay_linear(self) -> None:
+        for weight, rows in self.linear:
+            outputs, inputs = weight.shape
+            torch.mm(self._buffer("in", rows, inputs), weight.t(), out=self._buffer("out", rows, outputs))
+
+    def replay_attention(self) -> None:
+        heads, head_dim, v_head_dim = (
+            getattr(self.shape.attention, n) for n in ("num_heads", "head_dim", "v_head_dim")
+        )
+        for rows, tokens in self.attention:
+            many = rows * heads
+            query, key = (self._buffer(role, many, tokens, head_dim) for role in ("query", "key"))
+            value, output = (self._buffer(role, many, tokens, v_head_dim) for role in ("value", "mixed"))
+            scores = self._buffer("scores", many, tokens, tokens)
+            for _ in range(self.shape.num_layers):
+                torch.bmm(query, key.transpose(1, 2), out=scores)
+                torch.bmm(scores, value, out=output)
+
+
+def benchmark_eval(model, tokenizer, arguments) -> dict:
+    """Seconds of scoring and of its products alone, in turns; the ratio is the median over the rounds."""
+    context = context_length(model)
+    seq_len = arguments.max_seq_len or min(config.MAX_SEQ_LEN, context)
+    stride = arguments.stride or min(config.EVAL_STRIDE, seq_len)
+    if seq_len > context:
+        raise results.UserError(f"--max-seq-len is {seq_len}, the model's context is {context}")
+    documents = text_data.load_documents(arguments.dataset, "evaluation", arguments.seed, arguments.documents)
+    documents = text_data.tokenize(documents, tokenizer, config.MAX_EVAL_DOCUMENT_TOKENS)
+    device = model_device(model)
+
+    def score(on_batch=None):
+        return score_documents(model, documents, seq_len, stride, arguments.batch_size, on_batch=on_batch)
+
+    products = Products(model, device)
+    with torch.no_grad():
+        products.record(score)
+        tokens = int(score().tokens.sum())
+        clock(device, products.replay_linear), clock(device, products.replay_attention)  # warm-up: makes the buffers
+        rounds = []
+        for _ in tqdm(range(arguments.repeats), desc="rounds", file=sys.stderr):
+            seconds = clock(device, score)
+            linear, attention = clock(device, products.replay_linear), clock(device, products.replay_attention)
+            rounds.append((seconds, linear, attention))
+    seconds, linear, attention = np.array(rounds).T
+    ratios = (linear + attention) / seconds
+    return {
+        "tokens": tokens,
+        "tokens_per_second": tokens / np.median(seconds),
+        "matmul_tokens_per_second": tokens / np.median(linear + attention),
+        "ratio": np.median(ratios),
+        "ratio_lowest": ratios.min(),
+        "ratio_highest": ratios.max(),
+        # as above, were half of the attention square free: what a causal kernel could save
+        "ratio_causal": np.median((linear + attention / 2) / seconds),
+        "attention_share": np.median(attention / (linear + attention)),
+        "padding_share": products.padding / products.positions,
+        "positions_per_token": products.positions / tokens,
+        "max_seq_len": seq_len,
+        "stride": stride,
+        "batch_size": arguments.batch_size,
+    }
+
+
+# ---- capture
+
+
+def benchmark_capture(model, arguments) -> dict:
+    """Forwards without and with RoutingExtractor in turns (A B, B A, ...); the ratio is the median over the pairs."""
+    seq_len = arguments.max_seq_len or min(config.MAX_SEQ_LEN, context_length(model))
+    device = model_device(model)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    ids = np.random.default_rng(arguments.seed).integers(0, vocab_size, (arguments.batch_size, seq_len))
+    input_ids = torch.from_numpy(ids).to(device)
+
+    def forward():
+        model(input_ids=input_ids, use_cache=False)
+
+    def plain():
+        return clock(device, forward)
+
+    def capture():
+        with RoutingExtractor(model):
+            return clock(device, forward)
+
+    pairs = []
+    with torch.no_grad():
+        plain(), capture()  # warm-up
+        for index in tqdm(range(arguments.repeats), desc="pairs", file=sys.stderr):
+            if index % 2:
+                captured = capture()
+                pairs.append((plain(), captured))
+            else:
+                pairs.append((plain(), capture()))
+    without, captured = np.array(pairs).T
+    low, median, high = np.quantile(captured / without, [0.25, 0.5, 0.75])
+    return {
+        "plain_seconds": np.median(without),
+        "capture_seconds": np.median(captured),
+        "ratio": median,
+        "ratio_quartiles": [low, high],
+        "cost_percent": 100 * (median - 1),
+        "tokens": int(input_ids.numel()),
+        "max_seq_len": seq_len,
+        "batch_size": arguments.batch_size,
+    }
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    model, tokenizer = load_model(
+        arguments.model,
+        arguments.device,
+        arguments.dtype,
+        cache_dir=config.MODEL_CACHE_DIR,
+        max_memory_gb=config.MAX_MEMORY_GB,
+        use_8bit_fallback=config.USE_8BIT_FALLBACK,
+    )
+    tokens = arguments.batch_size * (arguments.max_seq_len or min(config.MAX_SEQ_LEN, context_length(model)))
+    print(memory_estimate(model, tokens), file=sys.stderr)
+    if arguments.what == "eval":
+        figures = benchmark_eval(model, tokenizer, arguments)
+        print(
+            f"perplexity runs at {figures['tokens_per_second']:,.0f} tokens/s; its matrix products alone at "
+            f"{figures['matmul_tokens_per_second']:,.0f} tokens/s: {100 * figures['ratio']:.0f} % of what they allow"
+        )
+    else:
+        figures = benchmark_capture(model, arguments)
+        print(f"capturing router signals costs {figures['cost_percent']:+.1f} % of a forward")
+    common = {
+        "benchmark": arguments.what,
+        "model": arguments.model,
+        "device": str(model_device(model)),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "repeats": arguments.repeats,
+    }
+    print("no files written")
+    rounded = {
+        name: [float(f"{v:.5g}") for v in value] if isinstance(value, list) else value
+        for name, value in figures.items()
+    }
+    rounded = {name: float(f"{v:.5g}") if isinstance(v, float) else v for name, v in rounded.items()}
+    print(json.dumps(common | rounded))
+
+
+if __name__ == "__main__":
+    results.run_main(main)

@@ -1,0 +1,307 @@
+"""FLOPs, cache bytes and state bytes per token in closed form, from plain integers.
+
+Conventions: one multiply-add is 2 FLOPs; only matrix products and convolutions count, elementwise operations
+(activations, norms, softmax, RoPE, decays, the mixing of two paths) and the gate do not, as in
+`torch.utils.flop_counter`, which the tests compare with.
+Shape letters: D width, H heads, K key/value heads, V vocabulary, E experts, T tokens, N Mamba state size.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Grouped-query attention, or multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) where `kv_lora_rank` > 0.
+
+    Widths in elements. `head_dim` is that of a query/key head (MLA: nope + rope), `v_head_dim` that of a value head;
+    `q_lora_rank` 0 means that queries are projected directly.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 0
+    qk_rope_head_dim: int = 0
+
+
+@dataclass(frozen=True)
+class MLPShape:
+    """A feed-forward layer: `matrices` products between D and `width` (2 un-gated, 3 gated), and a router.
+
+    BlockFFN: `width` is all experts' neurons, E * d, of which a token uses its active experts'. A top-k mixture of
+    gated experts: `width` is that of the k experts a token uses. `router_outputs` 0: no router.
+    """
+
+    hidden_size: int
+    width: int
+    matrices: int
+    router_outputs: int = 0
+
+
+@dataclass(frozen=True)
+class MambaShape:
+    """A Mamba-2 mixer (arXiv 2405.21060): inner width num_heads * head_dim, state num_heads * head_dim * state_size."""
+
+    hidden_size: int
+    num_heads: int
+    head_dim: int
+    state_size: int
+    num_groups: int
+    conv_kernel: int
+    chunk_size: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a decoder's cost depends on: layers alike, and one head over the vocabulary."""
+
+    num_layers: int
+    vocab_size: int
+    attention: AttentionShape
+    mlp: MLPShape
+
+
+def model_shape(config) -> ModelShape:
+    """Read a transformers configuration (BlockFFN, MiniCPM3, Llama, Qwen3, Mixtral, Qwen3-MoE): attributes only.
+
+    Raises ValueError for a mixture with shared experts or with dense layers among the sparse ones: its layers are not
+    alike.
+    """
+    width, heads = config.hidden_size, config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    is_mla = getattr(config, "attention_type", "mla") == "mla" and getattr(config, "kv_lora_rank", None)
+    if is_mla:
+        attention = AttentionShape(
+            hidden_size=width,
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=config.qk_nope_head_dim + config.qk_rope_head_dim,
+            v_head_dim=config.v_head_dim,
+            q_lora_rank=config.q_lora_rank or 0,
+            kv_lora_rank=config.kv_lora_rank,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+        )
+    else:
+        head_dim = getattr(config, "head_dim", None) or width // heads
+        attention = AttentionShape(width, heads, kv_heads, head_dim, head_dim)
+    return ModelShape(config.num_hidden_layers, config.vocab_size, attention, _mlp_shape(config))
+
+
+def _mlp_shape(config) -> MLPShape:
+    width = config.hidden_size
+    if hasattr(config, "expert_size"):  # BlockFFN
+        return MLPShape(width, config.num_experts * config.expert_size, matrices=2, router_outputs=config.num_experts)
+    experts = next((getattr(config, n) for n in ("num_experts", "num_local_experts") if getattr(config, n, None)), 0)
+    if not experts:
+        return MLPShape(width, config.intermediate_size, matrices=3)
+    uneven = [
+        name
+        for name, plain in (
+            ("shared_expert_intermediate_size", (None, 0)),
+            ("num_shared_experts", (None, 0)),
+            ("n_shared_experts", (None, 0)),
+            ("mlp_only_layers", (None, [])),
+            ("decoder_sparse_step", (None, 1)),
+            ("first_k_dense_replace", (None, 0)),
+        )
+        if getattr(config, name, None) not in plain
+    ]
+    if uneven:
+        raise ValueError(
+            f"no closed form for a mixture with {', '.join(uneven)} set (model type {config.model_type!r})"
+        )
+    expert_width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    return MLPShape(width, config.num_experts_per_tok * expert_width, matrices=3, router_outputs=experts)
+
+
+def mamba_shape(config) -> MambaShape:
+    """Read a transformers `Mamba2Config`."""
+    return MambaShape(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        state_size=config.state_size,
+        num_groups=config.n_groups,
+        conv_kernel=config.conv_kernel,
+        chunk_size=config.chunk_size,
+    )
+
+
+# ---- one layer, one token
+def attention_query_flops(shape: AttentionShape) -> int:
+    """Query and output projections of one token."""
+    query_width = shape.num_heads * shape.head_dim
+    if shape.q_lora_rank:
+        query = 2 * shape.q_lora_rank * (shape.hidden_size + query_width)
+    else:
+        query = 2 * shape.hidden_size * query_width
+    return query + 2 * shape.num_heads * shape.v_head_dim * shape.hidden_size
+
+
+def attention_key_value_flops(shape: AttentionShape) -> int:
+    """Key and value projections of one token; MLA: down to the latent and up again, once per token."""
+    if shape.kv_lora_rank:
+        nope = shape.head_dim - shape.qk_rope_head_dim
+        down = 2 * shape.hidden_size * (shape.kv_lora_rank + shape.qk_rope_head_dim)
+        return down + 2 * shape.kv_lora_rank * shape.num_heads * (nope + shape.v_head_dim)
+    return 2 * shape.hidden_size * shape.num_kv_heads * (shape.head_dim + shape.v_head_dim)
+
+
+def attention_score_flops(shape: AttentionShape, context: float) -> float:
+    """q k^T and p v of one token that attends to `context` tokens (itself included)."""
+    return 2 * context * shape.num_heads * (shape.head_dim + shape.v_head_dim)
+
+
+def attention_flops(shape: AttentionShape, context: float) -> float:
+    """All of one attention layer for one token that attends to `context` tokens."""
+    projections = attention_query_flops(shape) + attention_key_value_flops(shape)
+    return projections + attention_score_flops(shape, context)
+
+
+def mlp_flops(shape: MLPShape, active: float = 1.0) -> float:
+    """Router and the `active` fraction of the experts of one feed-forward layer, for one token; 1 is dense."""
+    return 2 * shape.hidden_size * (shape.router_outputs + active * shape.matrices * shape.width)
+
+
+def head_flops(hidden_size: int, vocab_size: int) -> int:
+    """Logits of one token."""
+    return 2 * hidden_size * vocab_size
+
+
+def mamba_write_flops(shape: MambaShape) -> int:
+    """What one token must pay for later tokens to find it in the state: x, B and dt, their convolution, the update.
+
+    The update is the recurrence's outer product B x^T (arXiv 2405.21060, equation 1); its decay is elementwise.
+    """
+    inner, group = shape.num_heads * shape.head_dim, shape.num_groups * shape.state_size
+    projection = 2 * shape.hidden_size * (inner + group + shape.num_heads)
+    return projection + 2 * shape.conv_kernel * (inner + group) + 2 * inner * shape.state_size
+
+
+def mamba_read_flops(shape: MambaShape) -> int:
+    """What one token pays for its own Mamba output: gate z and C, C's convolution, C times state, output projection."""
+    inner, group = shape.num_heads * shape.head_dim, shape.num_groups * shape.state_size
+    projections = 2 * shape.hidden_size * (inner + group) + 2 * inner * shape.hidden_size
+    return projections + 2 * shape.conv_kernel * group + 2 * inner * shape.state_size
+
+
+def mamba_recurrent_flops(shape: MambaShape) -> int:
+    """One token of a Mamba-2 mixer in its recurrent form, the least it takes; independent of the position."""
+    return mamba_write_flops(shape) + mamba_read_flops(shape)
+
+
+def mamba_chunked_flops(shape: MambaShape, tokens: int) -> float:
+    """Per token, averaged over `tokens`: the chunked scan (arXiv 2405.21060, section 6) of transformers' PyTorch code.
+
+    The last chunk is padded to `chunk_size`, heads do not share their group's C B^T, the convolution also runs over
+    its padding, and chunk states are passed on by one product over all pairs of chunks.
+    """
+    inner, group = shape.num_heads * shape.head_dim, shape.num_groups * shape.state_size
+    size, state = shape.chunk_size, inner * shape.state_size
+    chunks = -(-tokens // size)
+    projections = tokens * 2 * shape.hidden_size * (3 * inner + 2 * group + shape.num_heads)
+    convolution = 2 * shape.conv_kernel * (tokens + shape.conv_kernel - 1) * (inner + 2 * group)
+    within = 2 * size * size * (shape.num_heads * shape.state_size + inner)  # C B^T, then its product with x
+    states = 2 * 2 * size * state  # x into the chunk's state, and the previous state out
+    passing = 2 * (chunks + 1) ** 2 * state
+    return (projections + convolution + chunks * (within + states) + passing) / tokens
+
+
+# ---- whole documents
+def flops_ideal(
+    model: ModelShape,
+    tokens: int,
+    active_experts: float | Sequence[float] = 1.0,
+    mamba: MambaShape | None = None,
+    shares: Mapping[int, float] | None = None,
+    hard: bool = True,
+) -> float:
+    """FLOPs per token, averaged over a document of `tokens` tokens, if every token paid only for what it uses.
+
+    `active_experts`: fraction of active experts (1 - sparsity), one for all layers or one per layer. `shares`: mamba
+    share per hybrid layer (layers not named are attention only). `hard`: shares are fractions of tokens sent to Mamba
+    (hard gate); else they are mixing weights, and a token with a weight inside (0, 1) pays both paths.
+
+    Attention is causal: token i attends to i + 1 tokens, and attending tokens are spread evenly over the document.
+    Mamba is recurrent. What later tokens need is paid by every token, whichever way it goes: keys and values unless the
+    share is 1, the Mamba state's update unless it is 0. Sent one way or the other, a token saves the reading only.
+    Raises ValueError for shares without `mamba`, shares outside [0, 1], layers that are not there, no tokens.
+    """
+    shares = _checked_shares(model, tokens, mamba, shares)
+    active = [active_experts] * model.num_layers if isinstance(active_experts, (int, float)) else list(active_experts)
+    if len(active) != model.num_layers:
+        raise ValueError(f"{len(active)} active fractions for {model.num_layers} layers")
+    key_value = attention_key_value_flops(model.attention)
+    attention_read = attention_query_flops(model.attention) + attention_score_flops(model.attention, (tokens + 1) / 2)
+    total = float(head_flops(model.attention.hidden_size, model.vocab_size))
+    for layer in range(model.num_layers):
+        share = shares.get(layer, 0.0)
+        reads_attention = 1 - share if hard else float(share < 1)
+        total += (share < 1) * key_value + reads_attention * attention_read
+        if share > 0:
+            reads_mamba = share if hard else 1.0
+            total += mamba_write_flops(mamba) + reads_mamba * mamba_read_flops(mamba)
+        total += mlp_flops(model.mlp, active[layer])
+    return total
+
+
+def flops_executed(
+    model: ModelShape,
+    tokens: int,
+    mamba: MambaShape | None = None,
+    shares: Mapping[int, float] | None = None,
+) -> float:
+    """FLOPs per token, averaged over a document of `tokens` tokens in one forward, that the code of this repo runs.
+
+    All experts, attention over the full T x T square, Mamba by the chunked scan. A hybrid layer runs both paths for
+    every token, except where its share is exactly 0 (attention only) or 1 (Mamba only), as a constant gate's is.
+    Raises ValueError as `flops_ideal` does.
+    """
+    shares = _checked_shares(model, tokens, mamba, shares)
+    total = float(head_flops(model.attention.hidden_size, model.vocab_size))
+    for layer in range(model.num_layers):
+        share = shares.get(layer, 0.0)
+        if share < 1:
+            total += attention_flops(model.attention, tokens)
+        if share > 0:
+            total += mamba_chunked_flops(mamba, tokens)
+        total += mlp_flops(model.mlp)
+    return total
+
+
+def _checked_shares(
+    model: ModelShape, tokens: int, mamba: MambaShape | None, shares: Mapping[int, float] | None
+) -> Mapping[int, float]:
+    if tokens < 1:
+        raise ValueError(f"a document of {tokens} tokens has no cost per token")
+    shares = shares or {}
+    for layer, share in shares.items():
+        if not 0 <= layer < model.num_layers:
+            raise ValueError(f"layer {layer} is not there; the model has layers 0 to {model.num_layers - 1}")
+        if not 0 <= share <= 1:
+            raise ValueError(f"layer {layer} has mamba share {share}; it must lie in [0, 1]")
+        if share > 0 and mamba is None:
+            raise ValueError(f"layer {layer} has mamba share {share}, but no Mamba shape is given")
+    return shares
+
+
+# ---- memory
+def kv_cache_bytes_per_token(attention: AttentionShape, element_bytes: int) -> int:
+    """Cache bytes that one token adds in one attention layer; MLA caches the latent and the rotary key."""
+    if attention.kv_lora_rank:
+        return (attention.kv_lora_rank + attention.qk_rope_head_dim) * element_bytes
+    return attention.num_kv_heads * (attention.head_dim + attention.v_head_dim) * element_bytes
+
+
+def mamba_state_bytes(mamba: MambaShape, conv_element_bytes: int, state_element_bytes: int = 4) -> int:
+    """Bytes of one sequence's convolution and recurrent state in one Mamba layer; constant in its length.
+
+    transformers keeps `conv_kernel` inputs of the convolution, and the recurrent state in float32.
+    """
+    inner, group = mamba.num_heads * mamba.head_dim, mamba.num_groups * mamba.state_size
+    convolution = mamba.conv_kernel * (inner + 2 * group) * conv_element_bytes
+    return convolution + inner * mamba.state_size * state_element_bytes
