@@ -72,13 +72,13 @@ DISTILL_VALIDATION_WINDOWS = 16  # sequences behind the validation curve
 # "mixed" (docs + code + math + story), one of these, "wikitext" (needs the hub), or a .txt/.jsonl file.
 EVAL_DATASET = "mixed"
 # Documents that 05 and 07 score; "mixed" takes its domains in turn.
-MAX_EVAL_SAMPLES = 72
+MAX_EVAL_SAMPLES = 64
 # Tokens kept of one document (its beginning).
-MAX_EVAL_DOCUMENT_TOKENS = 1024 if _TINY else 512
+MAX_EVAL_DOCUMENT_TOKENS = 768 if _TINY else 512
 # Documents that 06 scores (it scores them once for every layer).
-LAYER_EVAL_SAMPLES = 32
+LAYER_EVAL_SAMPLES = 24
 # Documents that gates are calibrated on (disjoint from those that are scored).
-CALIBRATION_SAMPLES = 32
+CALIBRATION_SAMPLES = 24
 # Tokens a scoring window holds.
 MAX_SEQ_LEN = 1024 if _TINY else 512
 # Tokens between the starts of scoring windows; the rest of a window is context. MAX_SEQ_LEN = no overlap.
@@ -87,7 +87,7 @@ EVAL_STRIDE = 512 if _TINY else 256
 EVAL_BATCH_SIZE = 4 if _TINY else 1
 # Tokens generated for each prompt.
 MAX_NEW_TOKENS = 40
-# Share of the probability mass outside the intervals: 0.05 gives 95 % intervals.
+# Level of every interval: 0.95 gives 95 % intervals.
 CONFIDENCE_LEVEL = 0.95
 # Bootstrap resamples (of documents) behind every interval.
 BOOTSTRAP_RESAMPLES = 10_000

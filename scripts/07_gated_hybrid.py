@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+from torch import nn
 
 import config
 from src import eval_utils, results, study, text_data
@@ -22,6 +23,7 @@ from src.gates import FixedGate, LearnedGate, MaskGate, RoutingGate, is_hard, ma
 from src.mamba_sidecar import (
     attach_mamba_sidecar,
     attachment_of,
+    bypass_sidecars,
     calibrate_gates,
     check_base,
     detach_mamba_sidecars,
@@ -198,12 +200,72 @@ def plan_modes(arguments: argparse.Namespace, router: bool, learned: bool) -> li
     return modes
 
 
-def versus(table, control, bootstrap: study.Bootstrap) -> dict[str, float]:
-    """vs_random columns: NLL per token of a mode minus its control's, paired over documents; NaN without control."""
-    if control is None:
-        return dict.fromkeys(("vs_random", "vs_random_ci_low", "vs_random_ci_high"), float("nan"))
-    interval = bootstrap.difference(table, control)
-    return {"vs_random": interval.estimate, "vs_random_ci_low": interval.low, "vs_random_ci_high": interval.high}
+@dataclass
+class Bench:
+    """What every row is measured with: the model (with or without sidecars), the text, and where rows go."""
+
+    model: nn.Module
+    tokens: list[text_data.TokenDocument]
+    score: dict
+    active: list[float]
+    store: study.ResultStore
+    seeds: study.ResultStore
+    bootstrap: study.Bootstrap
+
+    def add_baseline(self) -> None:
+        """The model without sidecars."""
+        table, speed = self._score("baseline", None)
+        settings = {"gate": "none", "signal": "none", "uses_document": False, "share_target": 0.0}
+        self.add_row("baseline", table, settings, None, False, speed, None)
+
+    def score_gate(self, label: str):
+        """(sums per document, GateRecord, timing columns) of the gate that is set."""
+        with record_gates(self.model) as record:
+            table, speed = self._score(label, attachment_of(self.model).on_batch)
+        return table, record, speed
+
+    def add_control(self, name: str, target: float, shares: dict, random_seeds: list[int]) -> None:
+        """The random control with as many Mamba tokens per document and layer as `shares`, mean over seeds."""
+        tables, realised, speeds = [], [], []
+        for seed in random_seeds:
+            set_gate(self.model, MaskGate(matched_random_masks(shares, seed)))
+            table, record, speed = self.score_gate(f"{name}, seed {seed}")
+            tables.append(table)
+            realised.append(record.layer_shares())
+            speeds.append(speed)
+            values = study.quality(table, self.store.tables["baseline"], self.bootstrap)
+            kept = ("perplexity", "delta", "pct_change", "delta_nll", "ci_low", "ci_high")
+            row = {"mode": name, "seed": seed, "share_realised": record.mean_share()}
+            self.seeds.add(f"{name}_seed{seed}", table, row | {key: values[key] for key in kept})
+        settings = {"gate": "random", "signal": "none", "uses_document": True, "share_target": target}
+        means = {layer: float(np.mean([one[layer] for one in realised])) for layer in realised[0]}
+        self.add_row(name, study.mean_table(tables), settings, means, True, speeds[0], None)
+
+    def add_row(self, name, table, settings, shares, hard, speed, control) -> None:
+        """Derive a row and store it.
+
+        shares: {layer: realised mamba share}, None for the baseline. control: the sums of the random control at the
+        same share, None where there is none to compare with.
+        """
+        values = study.quality(table, self.store.tables.get("baseline", table), self.bootstrap) | settings | speed
+        values["share_realised"] = float(np.mean(list(shares.values()))) if shares else 0.0
+        lengths = [len(document.ids) - 1 for document in self.tokens]
+        values |= study.flops_columns(self.model, lengths, self.active, shares, hard)
+        if control is not None:
+            difference = self.bootstrap.difference(table, control)
+            values |= {
+                "vs_random": difference.estimate,
+                "vs_random_ci_low": difference.low,
+                "vs_random_ci_high": difference.high,
+            }
+        self.store.add(name, table, {column: values.get(column, float("nan")) for column in COLUMNS})
+
+    def _score(self, label, on_batch):
+        device = eval_utils.model_device(self.model)
+        eval_utils.reset_peak_memory(device)
+        scores = eval_utils.score_documents(self.model, self.tokens, on_batch=on_batch, progress=label, **self.score)
+        speed = {"tokens_per_second": scores.tokens_per_second, "memory_gb": eval_utils.peak_memory_gb(device)}
+        return study.document_table(scores), speed
 
 
 def words_of(interval) -> str:
@@ -379,57 +441,20 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
 
     if not complete:
         active = study.active_experts(model, sample, max_seq_len, arguments.batch_size)  # also the warm-up
-        base_speed = study.measure(model, sample, **score)
-        passes = 1 + len(modes) + len(arguments.random_seeds) * (len(arguments.shares) + router)
-        study.print_plan(
-            model, sum(lengths), passes, 0.5 * base_speed["tokens_per_second"], arguments.batch_size * max_seq_len
-        )  # fmt: skip
+        bench = Bench(model, tokens, score, active, store, seeds, bootstrap)
+        speed = study.measure(model, sample, **score)["tokens_per_second"]
+        passes = 1 + len(modes) + len(arguments.random_seeds) * len(arguments.shares) + router
+        study.print_plan(model, sum(lengths), passes, 0.5 * speed, arguments.batch_size * max_seq_len)
+        if "baseline" not in store.rows:
+            bench.add_baseline()
         attach_mamba_sidecar(model, layers, gate_mode="fixed", sidecar_dir=sidecars, stage=stage)
         if learned:
             load_learned_gates(model, sidecars)
-        attachment = attachment_of(model)
-
-        def row_of(table, gate_name, signal, uses_document, target, shares, hard, control, speed):
-            """One row; shares: {layer: realised}, None for the baseline."""
-            values = study.quality(table, store.tables.get("baseline", table), bootstrap)
-            values |= versus(table, control, bootstrap) | speed
-            values |= study.flops_columns(model, lengths, active, shares, hard)
-            values |= {"gate": gate_name, "signal": signal, "uses_document": uses_document, "share_target": target}
-            values["share_realised"] = float(np.mean(list(shares.values()))) if shares else 0.0
-            return {column: values.get(column, float("nan")) for column in COLUMNS}
-
-        def measured(name: str):
-            """(table, record) of the gate that is set."""
-            with record_gates(model) as record:
-                on_batch = attachment.on_batch
-                scores = eval_utils.score_documents(model, tokens, on_batch=on_batch, progress=name, **score)
-            return study.document_table(scores), record
-
-        def add_control(name: str, target: float, shares: dict) -> None:
-            """The random control with as many Mamba tokens per document and layer as `shares`, mean over seeds."""
-            tables, realised, speed = [], [], {}
-            for seed in arguments.random_seeds:
-                set_gate(model, MaskGate(matched_random_masks(shares, seed)))
-                speed = speed or study.measure(model, sample, **score)
-                table, record = measured(f"{name}, seed {seed}")
-                tables.append(table)
-                realised.append(record.layer_shares())
-                values = study.quality(table, store.tables["baseline"], bootstrap)
-                kept = ("perplexity", "delta", "pct_change", "delta_nll", "ci_low", "ci_high")
-                row = {"mode": name, "seed": seed, "share_realised": record.mean_share()}
-                seeds.add(f"{name}_seed{seed}", table, row | {key: values[key] for key in kept})
-            mean = study.mean_table(tables)
-            layer_shares = {layer: float(np.mean([one[layer] for one in realised])) for layer in layers}
-            store.add(name, mean, row_of(mean, "random", "none", True, target, layer_shares, True, None, speed))
-
         generate = dict(max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
         texts = {}
-        set_gate(model, FixedGate(0.0))  # attention's own output, bit by bit
-        if "baseline" not in store.rows:
-            table, _ = measured("baseline")
-            store.add("baseline", table, row_of(table, "none", "none", False, 0.0, None, False, None, base_speed))
         if not generated:
-            texts["baseline"] = eval_utils.generate_texts(model, tokenizer, prompts, **generate)
+            with bypass_sidecars(model):
+                texts["baseline"] = eval_utils.generate_texts(model, tokenizer, prompts, **generate)
         # The control of a share is matched to the routing gate, or on a model without router to the fixed alpha.
         leader = "routing_hard" if router else "fixed"
         for mode in modes:
@@ -438,38 +463,36 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
                 continue
             gate = mode.gate
             if mode.calibrate:
+                label = f"calibrating {mode.name}"
                 gate = calibrate_gates(
-                    model,
-                    gate,
-                    calibration_tokens,
-                    max_seq_len,
-                    arguments.batch_size,
-                    progress=f"calibrating {mode.name}",
+                    model, gate, calibration_tokens, max_seq_len, arguments.batch_size, progress=label
                 )
             set_gate(model, gate)
             if writes_text:
                 texts[mode.name] = eval_utils.generate_texts(model, tokenizer, prompts, **generate)
             if mode.name in store.rows:
                 continue
-            speed = study.measure(model, sample, **score)
-            table, record = measured(mode.name)
-            realised = record.layer_shares()
-            # The uncalibrated threshold has a control of its own, named by the share that it realised.
-            control = mode.control or f"control_random_{record.mean_share():.4f}"
-            leads = mode.control is None or mode.name == control.replace("control_random", leader)
-            if leads and control not in store.rows:
-                add_control(control, record.mean_share() if mode.share is None else mode.share, record.shares)
-            target = float("nan") if mode.share is None else mode.share
-            signal = getattr(gate, "signal", "none")
-            row = row_of(table, gate.mode, signal, False, target, realised, is_hard(gate), store.tables[control], speed)
-            store.add(mode.name, table, row)
+            table, record, speed = bench.score_gate(mode.name)
+            control = mode.control
+            if control is None:  # a control of its own, named by the share that the uncalibrated threshold realised
+                control = f"control_random_{record.mean_share():.4f}"
+                if control not in store.rows:
+                    bench.add_control(control, record.mean_share(), record.shares, arguments.random_seeds[:1])
+            elif mode.name == control.replace("control_random", leader) and control not in store.rows:
+                bench.add_control(control, mode.share, record.shares, arguments.random_seeds)
+            settings = {
+                "gate": gate.mode,
+                "signal": getattr(gate, "signal", "none"),
+                "uses_document": False,
+                "share_target": float("nan") if mode.share is None else mode.share,
+            }
+            bench.add_row(
+                mode.name, table, settings, record.layer_shares(), is_hard(gate), speed, store.tables[control]
+            )
         detach_mamba_sidecars(model)
         if not generated:
-            results.write_json(
-                generations_path,
-                {"prompts": prompts, "max_new_tokens": arguments.max_new_tokens, "texts": texts},
-                meta,
-            )
+            written_texts = {"prompts": prompts, "max_new_tokens": arguments.max_new_tokens, "texts": texts}
+            results.write_json(generations_path, written_texts, meta)
 
     verdict = judge(store, arguments, layers, bootstrap)
     results.write_json(verdict_path, verdict, meta)

@@ -353,7 +353,7 @@ def validate(model, cache, domains, rows, length, seed=0):
 # name, until (millions of tokens), row length, rows per step, share of recall rows, their difficulty at start and end
 PHASES = [
     ("recall", 0.5, 256, 16, 0.6, 0.0, 0.5),
-    ("mixed", 5.0, 512, 16, 0.2, 0.5, 1.0),
+    ("mixed", 5.0, 512, 16, 0.1, 0.5, 1.0),
     ("long", math.inf, 1024, 8, 0.1, 1.0, 1.0),
 ]
 

@@ -275,8 +275,8 @@ class GateRecord:
     """What gates did while `record_gates` was open.
 
     shares: document id -> layer -> m per input position, float32 [N], NaN where the model was never fed. A position
-        that several windows hold counts as in the earliest of them, the one that scores its successor. Rows whose document
-        was not told only enter the sums behind `layer_shares`.
+        that several windows hold counts as in the earliest of them, the one that scores its successor. Rows whose
+        document was not told only enter the sums behind `layer_shares`.
     scores: the same for the gates' scores (sparsity, or the learned gate's output), where they have one.
     """
 
@@ -797,16 +797,30 @@ def base_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_sidecar(folder: str | Path, stage: str, layer: int, sidecar: MambaSidecar) -> Path:
-    """Write one sidecar to `<folder>/stage_<stage>/layer_<layer>.safetensors`, atomically; returns the path."""
-    return _save_tensors(_sidecar_path(folder, stage, layer), sidecar.mixer.state_dict())
+def save_sidecar(
+    folder: str | Path, stage: str, layer: int, sidecar: MambaSidecar, matrix_dtype: torch.dtype | None = None
+) -> Path:
+    """Write one sidecar to `<folder>/stage_<stage>/layer_<layer>.safetensors`, atomically; returns the path.
+
+    `matrix_dtype` stores the projections and the convolution in fewer bits; decays, steps and norms keep theirs.
+    """
+    tensors = sidecar.mixer.state_dict()
+    if matrix_dtype is not None:
+        tensors = {name: tensor.to(matrix_dtype) if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
+    return _save_tensors(_sidecar_path(folder, stage, layer), tensors)
 
 
-def save_sidecars(model: nn.Module, folder: str | Path, stage: str, training: dict | None = None) -> list[Path]:
+def save_sidecars(
+    model: nn.Module,
+    folder: str | Path,
+    stage: str,
+    training: dict | None = None,
+    matrix_dtype: torch.dtype | None = None,
+) -> list[Path]:
     """Write all attached sidecars of a stage and their entry in `sidecars.json`; returns the paths written."""
     attachment = attachment_of(model)
     paths = [
-        save_sidecar(folder, stage, index, hybrid.sidecar)
+        save_sidecar(folder, stage, index, hybrid.sidecar, matrix_dtype)
         for index, hybrid in zip(attachment.layers, attachment.hybrid_layers(), strict=True)
     ]
     return [*paths, update_index(folder, model, attachment.settings, stage, attachment.layers, training or {})]

