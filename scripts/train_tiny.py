@@ -4,7 +4,7 @@
     python scripts/train_tiny.py train                                              resumable; logs train_log.csv
     python scripts/train_tiny.py export                                             best state -> assets/blockffn-tiny
 
-The language-model loss is trained together with BlockFFN's two objectives (arXiv 2507.08771, section 3.3): activation
+The language-model loss is trained together with BlockFFN's two objectives (arXiv 2507.08771): activation
 locality and chunk-level sparsification. A curriculum of recall sequences comes first, because a model of this size does
 not learn in-context copying from 30 M tokens of prose alone, and without it attention would have nothing to do that a
 state-space sidecar could not.
@@ -187,7 +187,7 @@ def make_batch(rng, domains, rows, length, recall_share, difficulty):
 
 
 def locality_loss(router_logits, same_document, sharpness=100.0):
-    """BCE-with-logits of (a z[t-1], sigmoid(a z[t])), mean over tokens, experts and layers (arXiv 2507.08771, eq. 5-6).
+    """Activation locality (arXiv 2507.08771): BCE-with-logits of (a z[t-1], sigmoid(a z[t])), mean over all of them.
 
     router_logits: list over layers of [B, T, E]; same_document [B, T-1] is 1 where t-1 and t share a document.
     """
@@ -200,7 +200,7 @@ def locality_loss(router_logits, same_document, sharpness=100.0):
 
 
 def chunk_sparsification_loss(router_logits, chunk=64):
-    """1 - mean over (chunk, expert) of exp(sum_t ln(1 - p[t, e] + 1e-5)) (arXiv 2507.08771, eq. 7-8).
+    """Chunk sparsification (arXiv 2507.08771): 1 - mean over (chunk, expert) of exp(sum_t ln(1 - p[t, e] + 1e-5)).
 
     p are the post-ReLU activations divided by their sum over experts: how likely the chunk uses expert e.
     """
@@ -353,7 +353,7 @@ def validate(model, cache, domains, rows, length, seed=0):
 # name, until (millions of tokens), row length, rows per step, share of recall rows, their difficulty at start and end
 PHASES = [
     ("recall", 0.5, 256, 16, 0.6, 0.0, 0.5),
-    ("mixed", 5.0, 512, 16, 0.1, 0.5, 1.0),
+    ("mixed", 2.2, 512, 16, 0.1, 0.5, 1.0),
     ("long", math.inf, 1024, 8, 0.1, 1.0, 1.0),
 ]
 

@@ -87,7 +87,7 @@ class SumNorm(nn.Module):
 
 
 class BlockFFNMLP(nn.Module):
-    """One BlockFFN feed-forward layer (arXiv 2507.08771, equations 1-3): router and E experts, evaluated densely.
+    """One BlockFFN feed-forward layer (arXiv 2507.08771): router and E experts, evaluated densely.
 
     The output of the sub-module `router_act_fn`, [B, T, E], is the routing signal that the rest of the repo reads.
     """

@@ -2,7 +2,8 @@
 
 Stage A   each sidecar on its own layer: the teacher's input of the attention (after its norm) -> its attention's
           output; squared error divided by the output's variance. Layers are independent, so they can share one forward
-          of the teacher (small models) or be trained one after another (one sidecar in memory; big models).
+          of the teacher (small models) or be trained one after another (one sidecar in memory; big models). A randomly
+          initialised sidecar starts with its last projection fitted in closed form (`_fit_out_proj`).
 Stage B   end to end from stage A: KL(teacher || hybrid) per token, under random hard masks whose share is drawn
           uniformly per sequence, so that no gate policy is favoured.
 Gate      the linear gates alone, end to end on the same KL, with a penalty that holds every layer's share at a target.
@@ -53,6 +54,10 @@ STORED = torch.bfloat16
 BUDGET_WEIGHT = 10.0
 # Temperature of the learned gate's relaxed decisions (binary concrete distribution, arXiv 1611.00712).
 GATE_TEMPERATURE = 0.5
+# Steps' worth of text behind the ridge regression that a random sidecar's out_proj starts from, and its ridge as a
+# fraction of the features' mean square.
+RIDGE_BATCHES = 4
+RIDGE = 1e-3
 # Logits per piece of the KL: keeps the float32 copies of a large vocabulary small.
 KL_PIECE = 1 << 26
 
@@ -135,6 +140,8 @@ def train_stage_a(
     for number, group in enumerate(groups):
         label = f"stage A, layer {group[0]}" if one_at_a_time else f"stage A, {len(group)} layers"
         modules = {layer: new_sidecar(model, layer, sidecars, settings.seed).float().train() for layer in group}
+        if sidecars.init == "random" and checkpoint.part(number).load() is None:
+            _fit_out_proj(model, modules, train, settings)
 
         def losses(ids, modules=modules, group=group):
             captured = _attention_pairs(model, group, ids, settings.bf16)
@@ -589,6 +596,43 @@ def _rows_of_step(train: np.ndarray, settings: DistillSettings, step: int) -> np
         epoch, index = divmod(position, len(train))
         picks.append(np.random.default_rng([settings.seed, epoch]).permutation(len(train))[index])
     return train[picks]
+
+
+@torch.no_grad()
+def _fit_out_proj(
+    model: nn.Module, modules: dict[int, nn.Module], train: np.ndarray, settings: DistillSettings
+) -> None:
+    """Set every sidecar's out_proj to the ridge regression of attention's output on the features that it projects.
+
+    A random scan is a rich enough set of features that most of the first hundreds of gradient steps are saved, and the
+    output starts at the target's own scale.
+    """
+    sums: dict[int, list[torch.Tensor]] = {}
+    features: list[torch.Tensor] = []
+    hooks = [
+        module.mixer.out_proj.register_forward_pre_hook(lambda _module, args: features.append(args[0]))
+        for module in modules.values()
+    ]
+    try:
+        for step in range(min(RIDGE_BATCHES, settings.steps)):
+            ids = _batch(_rows_of_step(train, settings, step), model)
+            captured = _attention_pairs(model, list(modules), ids, settings.bf16)
+            for layer, module in modules.items():
+                inputs, target = captured.pop(layer)
+                module(inputs)
+                given = features.pop().flatten(0, 1).double()
+                pair = given.T @ given, given.T @ target.flatten(0, 1).double()
+                sums[layer] = (
+                    [old + new for old, new in zip(sums[layer], pair, strict=True)] if layer in sums else [*pair]
+                )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for layer, module in modules.items():
+        gram, cross = sums[layer]
+        ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-12)
+        gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        module.mixer.out_proj.weight.copy_(torch.linalg.solve(gram, cross).T)
 
 
 def _attention_pairs(model: nn.Module, layers: Sequence[int], ids: torch.Tensor, bf16: bool) -> dict:
