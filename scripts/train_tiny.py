@@ -536,11 +536,25 @@ def evaluate(args):
     result["tls"] = round(float(np.mean(result["tls_per_layer"])), 4)
     result["cls_8_per_layer"] = [round(1 - a.unflatten(1, (-1, 8)).any(2).float().mean().item(), 4) for a in active]
     result["cls_8"] = round(float(np.mean(result["cls_8_per_layer"])), 4)
+    # Chunks from anywhere in long documents: an article's opening is easier than its middle, whatever the context.
+    rng, text = np.random.default_rng(5), TextRows(args.cache, "valid_prose")
+    chosen = [n for n in range(len(text.offsets) - 1) if text.offsets[n + 1] - text.offsets[n] > 2048]
+    starts = [text.offsets[n] + rng.integers(1, text.offsets[n + 1] - text.offsets[n] - 1024) for n in chosen]
+    anywhere = np.stack([np.array(text.tokens[start : start + 1024], dtype=np.int64) for start in starts[: args.rows]])
+    anywhere[:, 0] = BOS
+    by_position = token_nll(model, torch.from_numpy(anywhere))
     edges = [1, 64, 128, 256, 512, 1024]
     result["nll_by_position"] = {
         f"{a}-{b - 1}": round(nll[:, a - 1 : b - 1].mean().item(), 4)
         for a, b in zip(edges[:-1], edges[1:], strict=True)
     }
+    # The same tokens with little and with much context: 64-127 tokens of it against 512 and more.
+    gains = []
+    for start in range(512, 1024 - 64, 64):
+        short = torch.from_numpy(anywhere[:, start - 64 : start + 64].copy())
+        short[:, 0] = BOS
+        gains.append(token_nll(model, short, batch=16)[:, 63:] - by_position[:, start - 1 : start + 63])
+    result["gain_of_long_context"] = round(torch.stack(gains).mean().item(), 4)
     middle = range(count // 3, 2 * count // 3)
     with zeroed_attention(model, middle):
         zeroed = token_nll(model, long[: args.rows // 2])

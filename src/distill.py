@@ -431,13 +431,15 @@ def estimate_stage_a(
     activations add about 40 floats per token and inner channel for the sidecar that is running.
     """
     ids = _batch(train[: settings.batch_size], model)
-    layers = sorted(layers)
+    last = max(layers)
     started = time.perf_counter()
-    pairs = _attention_pairs(model, layers, ids, settings.bf16)
+    pairs = _attention_pairs(model, [last], ids, settings.bf16)
+    _synchronise(ids.device)
     teacher = time.perf_counter() - started
-    module = new_sidecar(model, layers[0], sidecars, settings.seed).float().train()
+    module = new_sidecar(model, last, sidecars, settings.seed).float().train()
     started = time.perf_counter()
-    _relative_error(module, *pairs[layers[0]]).backward()
+    _relative_error(module, *pairs[last]).backward()
+    _synchronise(ids.device)
     step = time.perf_counter() - started
     parameters = sum(parameter.numel() for parameter in module.parameters())
     held = 1 if one_at_a_time else len(layers)
@@ -687,6 +689,12 @@ def _kl_from_teacher(model: nn.Module, ids: torch.Tensor, bf16: bool) -> torch.T
         given = F.log_softmax(student[first : first + piece].float(), dim=-1)
         total = total + F.kl_div(given, target, reduction="sum", log_target=True)
     return total / len(teacher)
+
+
+def _synchronise(device: torch.device) -> None:
+    """Wait for a GPU, whose work is queued, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _autocast(device: torch.device, bf16: bool):

@@ -22,7 +22,7 @@ import inspect
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -57,6 +57,14 @@ INITS = ("random", "attention")
 STAGES = ("a", "b")
 FORMAT = 1  # of sidecars.json
 RETRAIN = "python scripts/04_test_sidecar.py --retrain"
+# The functions of transformers' Mamba-2 that have kernels.
+KERNEL_FUNCTIONS = (
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+    "mamba2_split_conv1d_scan_combined",
+    "mamba2_selective_state_update",
+    "mamba2_chunk_scan",
+)
 # Calibration stops early once every layer's realised share is this near to the one asked.
 SHARE_TOLERANCE = 0.005
 
@@ -130,8 +138,10 @@ class MambaSidecar(nn.Module):
 
         A `cache` must hold a `HybridCacheLayer` at this layer's index; its conv and SSM states are read and advanced.
         """
-        dtype = self.mixer.out_proj.weight.dtype
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        dtype, device = self.mixer.out_proj.weight.dtype, hidden_states.device.type
+        # kernels are bound for the whole process, but know no CPU tensors
+        scan = pytorch_scan() if device == "cpu" else nullcontext()
+        with torch.autocast(device, enabled=False), scan:
             output = self.mixer(hidden_states.to(dtype), cache_params=cache, attention_mask=padding_mask)
         return output.to(hidden_states.dtype)
 
@@ -763,18 +773,36 @@ def calibrate_gates(
     finally:
         bar.close()
         attachment.set_gate(before)
-        attachment._told = None
+        attachment.on_batch([])
     return gate
 
 
-def mamba_kernels() -> str:
-    """Which Mamba-2 scan runs: `mamba-ssm` or `PyTorch`, as transformers bound it when it was imported.
+def mamba_kernels(device: torch.device | str = "cuda") -> str:
+    """Which Mamba-2 scan runs on a device: `mamba-ssm` or `PyTorch`, as transformers bound it when it was imported.
 
-    Read from the binding itself: mamba-ssm may be installed and still fail to import.
+    Read from the binding itself: mamba-ssm may be installed and still fail to import. On a CPU it is always PyTorch.
     """
-    functions = (modeling_mamba2.mamba2_chunk_scan, modeling_mamba2.mamba2_selective_state_update)
-    bound = [inspect.getclosurevars(function).nonlocals["implementation"] for function in functions]
-    return "mamba-ssm" if all(function.__module__.startswith("mamba_ssm") for function in bound) else "PyTorch"
+    scans = (modeling_mamba2.mamba2_chunk_scan, modeling_mamba2.mamba2_selective_state_update)
+    bound = all(_implementation(function).__module__.startswith("mamba_ssm") for function in scans)
+    return "mamba-ssm" if bound and torch.device(device).type != "cpu" else "PyTorch"
+
+
+@contextmanager
+def pytorch_scan() -> Iterator[None]:
+    """Inside, sidecars run transformers' PyTorch functions, whatever kernels it bound (CPU tensors reach those too)."""
+    bound = {name: getattr(modeling_mamba2, name) for name in KERNEL_FUNCTIONS}
+    try:
+        for name, function in bound.items():
+            setattr(modeling_mamba2, name, inspect.unwrap(function))
+        yield
+    finally:
+        for name, function in bound.items():
+            setattr(modeling_mamba2, name, function)
+
+
+def _implementation(function):
+    """What one of transformers' dispatching functions calls."""
+    return inspect.getclosurevars(function).nonlocals["implementation"]
 
 
 # ---------------------------------------------------------------- on disk

@@ -16,6 +16,7 @@ from src import mamba_sidecar as ms
 from src.blockffn import BlockFFNConfig, BlockFFNForCausalLM
 from src.eval_utils import WindowRef
 from src.gates import FixedGate, LearnedGate, MaskGate, RandomGate, RoutingGate, ScoreDistribution, matched_random_masks
+from src.routing_extractor import RoutingExtractor
 from src.text_data import TokenDocument
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,8 +83,9 @@ def gates_for(kind):
     return everywhere | (routing if kind in ("vanilla", "mla") else {})
 
 
-CASES = [(kind, name) for kind in KINDS for name in gates_for(kind)]
-PER_TOKEN = [(kind, name) for kind, name in CASES if name not in ("fixed_0", "fixed_0.3", "fixed_1", "mixed")]
+# Every gate on vanilla BlockFFN; on the other attentions one of each kind, for the suite's time.
+ONE_OF_EACH = ("mixed", "fixed_1", "random", "learned_hard", "previous_hard", "lookahead_soft")
+CASES = [(kind, name) for kind in KINDS for name in gates_for(kind) if kind == "vanilla" or name in ONE_OF_EACH]
 
 
 def attached(kind, name="fixed_0.3", layers=(1, 2, 4), seed=0, **settings):
@@ -541,6 +543,24 @@ def test_the_causality_test_would_notice():
     assert not torch.allclose(outputs[0][:, :10], outputs[1][:, :10], atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["previous_hard", "lookahead_soft", "fixed_1"])
+def test_router_signals_are_captured_as_on_any_model(name):
+    """The extractor sees the hybrid's own router activations, and what the previous-layer gate reads is among them."""
+    model, ids = attached("vanilla", name), tokens(2, 20)
+    layer, seen = model.model.layers[2], {}
+    hook = layer.mlp.register_forward_pre_hook(lambda _m, args: seen.__setitem__("x", args[0]))
+    with RoutingExtractor(model) as extractor, ms.record_gates(model) as record:
+        ms.attachment_of(model).on_batch([WindowRef("a", 0, 20), WindowRef("b", 0, 20)])
+        want = logits(model, ids)
+        signals = extractor.get_routing_signals()
+    hook.remove()
+    assert sorted(signals) == list(range(LAYERS)) and signals[0].shape == (2, 20, EXPERTS)
+    torch.testing.assert_close(signals[2], torch.relu(seen["x"] @ layer.mlp.router_proj.weight.T))
+    assert torch.equal(logits(model, ids), want)
+    if name == "previous_hard":
+        np.testing.assert_array_equal(record.scores["b"][2], (signals[1][1] == 0).float().mean(-1).numpy())
+
+
 # ---------------------------------------------------------------- calibration
 
 
@@ -697,21 +717,49 @@ def test_bfloat16_model_and_autocast():
             assert torch.equal(sidecar(x), want)
 
 
+FAKE_KERNELS = {
+    "mamba_ssm/ops/triton/ssd_combined.py": ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"),
+    "mamba_ssm/ops/triton/selective_state_update.py": ("selective_state_update",),
+    "causal_conv1d/__init__.py": ("causal_conv1d_fn", "causal_conv1d_update"),
+}
+PROBE = """
+import torch
+from src.mamba_sidecar import MambaSidecar, mamba_kernels
+print(mamba_kernels(), mamba_kernels("cpu"))
+torch.manual_seed(0)
+x = torch.randn(1, 30, 64)
+print(MambaSidecar(64, 0).eval()(x).double().sum().item())
+"""
+
+
 def test_kernels_are_read_from_what_transformers_bound(tmp_path):
-    """PyTorch in this environment; mamba-ssm in a process where a package of that name can be imported."""
-    command = [sys.executable, "-c", "from src.mamba_sidecar import mamba_kernels; print(mamba_kernels())"]
-    package = tmp_path / "mamba_ssm"
-    for folder, names in (
-        ("ops/triton/ssd_combined", ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined")),
-        ("ops/triton/selective_state_update", ("selective_state_update",)),
-    ):
-        path = package / f"{folder}.py"
+    """A process where packages of the kernels' names can be imported binds them, and still computes on the CPU."""
+    for file, names in FAKE_KERNELS.items():
+        path = tmp_path / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(f"def {name}(*args):\n    raise RuntimeError\n" for name in names))
-    for folder in (package, package / "ops", package / "ops" / "triton"):
-        (folder / "__init__.py").write_text("")
-    run = lambda paths: subprocess.run(  # noqa: E731
-        command, cwd=ROOT, env={"PYTHONPATH": paths, "PATH": ""}, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    assert run(str(ROOT)) == ms.mamba_kernels()
-    assert run(f"{ROOT}:{tmp_path}") == "mamba-ssm"
+        path.write_text(
+            "\n".join(f"def {name}(*args, **kwargs):\n    raise RuntimeError('a kernel ran')\n" for name in names)
+        )
+    for folder in ("mamba_ssm", "mamba_ssm/ops", "mamba_ssm/ops/triton"):
+        (tmp_path / folder / "__init__.py").write_text("")
+    lines = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        cwd=ROOT,
+        env={"PYTHONPATH": f"{ROOT}:{tmp_path}", "PATH": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert lines[-2] == "mamba-ssm PyTorch"
+    torch.manual_seed(0)
+    x = torch.randn(1, 30, 64)
+    assert float(lines[-1]) == pytest.approx(ms.MambaSidecar(64, 0).eval()(x).double().sum().item(), abs=1e-4)
+    assert ms.mamba_kernels("cpu") == "PyTorch"
+
+
+def test_pytorch_scan_puts_everything_back():
+    before = [getattr(ms.modeling_mamba2, name) for name in ms.KERNEL_FUNCTIONS]
+    with pytest.raises(KeyError), ms.pytorch_scan():
+        assert all(getattr(ms.modeling_mamba2, name).__closure__ is None for name in ms.KERNEL_FUNCTIONS)
+        raise KeyError
+    assert [getattr(ms.modeling_mamba2, name) for name in ms.KERNEL_FUNCTIONS] == before
