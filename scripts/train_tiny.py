@@ -374,6 +374,12 @@ def learning_rate(tokens, total, peak, warmup=0.2e6, decay=0.2):
     return peak * min(1.0, tokens / warmup + 0.02) * (0.02 + 0.98 * min(1.0, left))
 
 
+LOG_COLUMNS = (
+    "step tokens phase nll locality sparsification gradient_norm learning_rate easy_span_first easy_span_second "
+    "random_span_first random_span_second valid_prose valid_code valid_math tokens_per_second"
+).split()
+
+
 def train(args):
     """Train from the saved state, or from scratch, until `--tokens` are seen or `--minutes` have passed."""
     torch.manual_seed(args.seed)
@@ -400,6 +406,8 @@ def train(args):
     first_tokens = tokens
     log = open(log_file, "a", newline="")
     writer = csv.writer(log)
+    if step == 0:
+        writer.writerow(LOG_COLUMNS)
     total = args.tokens * 1e6
     bar = tqdm(total=int(total), initial=tokens, unit="tok", unit_scale=True, mininterval=10)
 
