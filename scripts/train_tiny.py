@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -331,7 +331,7 @@ def probe_recall(model, alphabet_size, span_length, rows=8, seed=1):
     """Mean NLL (nats) of the first and the second occurrence of a random span, two numbers."""
     rng = np.random.default_rng(seed)
     spans = np.stack([rng.choice(rng.integers(2, VOCAB, alphabet_size), size=span_length) for _ in range(rows)])
-    ids = torch.from_numpy(np.concatenate([np.zeros((rows, 1), dtype=np.int64), spans, spans], axis=1))
+    ids = torch.from_numpy(np.concatenate([np.zeros((rows, 1), dtype=np.int64), spans, spans], axis=1)).to(model.device)
     with torch.autocast(ids.device.type, dtype=torch.bfloat16):
         logits = model(input_ids=ids, use_cache=False).logits
     nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
@@ -344,7 +344,7 @@ def validate(model, cache, domains, rows, length, seed=0):
     result = {}
     for name in domains:
         rng, text = np.random.default_rng(seed), TextRows(cache, name)
-        ids = torch.from_numpy(np.stack([text.row(rng, length) for _ in range(rows)]))
+        ids = torch.from_numpy(np.stack([text.row(rng, length) for _ in range(rows)])).to(model.device)
         with torch.autocast(ids.device.type, dtype=torch.bfloat16):
             result[name] = losses(model, ids)[0].item()
     return result
@@ -385,8 +385,10 @@ def train(args):
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
     model = BlockFFNForCausalLM(tiny_config()).train()
     init_recall_heads(model, seed=args.seed)
+    model.to(device)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
@@ -394,7 +396,7 @@ def train(args):
     state_file, log_file = args.cache / "state.pt", args.cache / "train_log.csv"
     step = tokens = 0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, tokens = state["step"], state["tokens"]
@@ -420,10 +422,10 @@ def train(args):
     while tokens < total and time.time() - started < args.minutes * 60:
         phase, length, rows, recall_share, difficulty = phase_at(tokens)
         rng = np.random.default_rng([args.seed, step])  # by step, so that a resumed run sees the same batches
-        ids = make_batch(rng, domains, rows, length, recall_share, difficulty)
+        ids = make_batch(rng, domains, rows, length, recall_share, difficulty).to(device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(tokens, total, args.lr)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             nll, locality, sparsification = losses(model, ids, layer_fn, head_fn)
         (nll + args.locality * locality + args.sparsification * sparsification).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -524,8 +526,6 @@ def natural_repeats(ids, tokenizer):
 @torch.no_grad()
 def evaluate(args):
     """Everything the model card states about the exported checkpoint, on validation text; writes evaluation.json."""
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(args.assets)
     model = BlockFFNForCausalLM.from_pretrained(args.assets, dtype=torch.float32).eval()
     count = model.config.num_hidden_layers
@@ -654,6 +654,8 @@ def main():
         else:
             command.add_argument("--tokens", type=float, default=30.0, help="millions of tokens in all")
             command.add_argument("--minutes", type=float, default=1e9, help="stop after this wall time, saved")
+            command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+            command.add_argument("--quick", action="store_true", help="0.02 M tokens, uncompiled: does it run?")
             command.add_argument("--lr", type=float, default=2e-3)
             command.add_argument("--locality", type=float, default=2e-3, help="weight of the locality objective")
             command.add_argument("--sparsification", type=float, default=5e-2, help="weight of the chunk objective")
@@ -661,6 +663,8 @@ def main():
             command.add_argument("--threads", type=int, default=0)
             command.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
+    if getattr(args, "quick", False):
+        args.tokens, args.compile, args.log_every = 0.02, False, 2
     {"prepare": prepare, "train": train, "export": export, "evaluate": evaluate}[args.command](args)
 
 
