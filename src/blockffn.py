@@ -215,6 +215,7 @@ class _FlattenExperts(ConversionOps):
 
     @property
     def reverse_op(self):
+        """The operation that saving applies."""
         return _UnflattenExperts()
 
 
@@ -234,6 +235,7 @@ class _UnflattenExperts(ConversionOps):
 
     @property
     def reverse_op(self):
+        """The operation that saving applies."""
         return _FlattenExperts()
 
 

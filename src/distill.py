@@ -18,7 +18,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -660,10 +660,9 @@ def _attention_pairs(model: nn.Module, layers: Sequence[int], ids: torch.Tensor,
             )
         )
     try:
-        with torch.no_grad(), _autocast(ids.device, bf16):
+        # `_Enough` only ends the forward after the last layer that is asked for
+        with suppress(_Enough), torch.no_grad(), _autocast(ids.device, bf16):
             model.model(input_ids=ids, use_cache=False)
-    except _Enough:
-        pass
     finally:
         for hook in hooks:
             hook.remove()

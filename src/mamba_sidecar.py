@@ -212,22 +212,28 @@ class HybridCacheLayer(LinearAttentionAndFullAttentionLayer):
         return DynamicLayer.get_seq_length(self)
 
     def get_seq_length(self) -> int:
+        """Tokens seen, by either path."""
         return max(self.attention_tokens(), self.mamba_tokens)
 
     def reset(self) -> None:
+        """Empty the entry."""
         super().reset()
         self.mamba_tokens = 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Keep the rows that beam search goes on with."""
         self._select(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
         self._select(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows given."""
         self._select(lambda tensor: tensor[indices, ...])
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Raises ValueError: a recurrent state has no past to go back to."""
         if tokens_to_remove:
             raise ValueError("a cache with Mamba states cannot be rolled back; start a new cache")
 
@@ -298,10 +304,12 @@ class GateRecord:
 
     @property
     def shares(self) -> dict[str, dict[int, np.ndarray]]:
+        """See the class."""
         return _values_only(self._shares)
 
     @property
     def scores(self) -> dict[str, dict[int, np.ndarray]]:
+        """See the class."""
         return _values_only(self._scores)
 
     def layer_shares(self) -> dict[int, float]:

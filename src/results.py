@@ -83,6 +83,7 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        """One line and exit code 2, without argparse's usage block."""
         fail(f"{message} (see {self.prog} --help)")
 
 
