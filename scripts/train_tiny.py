@@ -368,10 +368,13 @@ def phase_at(tokens):
         begin = end
 
 
-def learning_rate(tokens, total, peak, warmup=0.2e6, decay=0.2):
-    """Warm-up, constant, then a linear decay to a fiftieth over the last `decay` share of `total` tokens (WSD)."""
+def learning_rate(tokens, total, peak, begin=0, warmup=0.2e6, decay=0.2):
+    """Warm-up after `begin` tokens (where the optimiser was new), constant, then linear to a fiftieth (WSD).
+
+    The decay takes the last `decay` share of `total` tokens.
+    """
     left = max(0.0, total - tokens) / (decay * total)
-    return peak * min(1.0, tokens / warmup + 0.02) * (0.02 + 0.98 * min(1.0, left))
+    return peak * min(1.0, (tokens - begin) / warmup + 0.02) * (0.02 + 0.98 * min(1.0, left))
 
 
 LOG_COLUMNS = (
@@ -394,12 +397,18 @@ def train(args):
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     state_file, log_file = args.cache / "state.pt", args.cache / "train_log.csv"
-    step = tokens = 0
+    step = tokens = begin = 0
+    if not state_file.exists() and args.start_from:
+        model.load_state_dict(BlockFFNForCausalLM.from_pretrained(args.start_from, dtype=torch.float32).state_dict())
+        seen = json.loads((args.start_from / "training.json").read_text())
+        step, begin = seen["steps"], seen["tokens_seen"]
+        tokens = begin
+        print(f"goes on from {args.start_from}: {tokens / 1e6:.2f} M tokens, with a new optimiser")
     if state_file.exists():
         state = torch.load(state_file, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, tokens = state["step"], state["tokens"]
+        step, tokens, begin = state["step"], state["tokens"], state.get("begin", 0)
         print(f"resumed at step {step}, {tokens / 1e6:.2f} M tokens")
     layer_fn = torch.compile(decoder_layer, dynamic=False) if args.compile else decoder_layer
     head_fn = torch.compile(head_loss, dynamic=False) if args.compile else head_loss
@@ -408,14 +417,15 @@ def train(args):
     first_tokens = tokens
     log = open(log_file, "a", newline="")
     writer = csv.writer(log)
-    if step == 0:
+    if log.tell() == 0:
         writer.writerow(LOG_COLUMNS)
     total = args.tokens * 1e6
     bar = tqdm(total=int(total), initial=tokens, unit="tok", unit_scale=True, mininterval=10)
 
     def save():
         temporary = state_file.with_suffix(".tmp")
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "tokens": tokens}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"step": step, "tokens": tokens, "begin": begin}
         torch.save(state, temporary)
         temporary.replace(state_file)
 
@@ -424,7 +434,7 @@ def train(args):
         rng = np.random.default_rng([args.seed, step])  # by step, so that a resumed run sees the same batches
         ids = make_batch(rng, domains, rows, length, recall_share, difficulty).to(device)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(tokens, total, args.lr)
+            group["lr"] = learning_rate(tokens, total, args.lr, begin)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             nll, locality, sparsification = losses(model, ids, layer_fn, head_fn)
         (nll + args.locality * locality + args.sparsification * sparsification).backward()
@@ -653,6 +663,9 @@ def main():
             command.add_argument("--rows", type=int, default=48, help="validation rows of 1,024 tokens")
         else:
             command.add_argument("--tokens", type=float, default=30.0, help="millions of tokens in all")
+            command.add_argument(
+                "--start-from", type=Path, help="exported folder to go on from, where no state is saved"
+            )
             command.add_argument("--minutes", type=float, default=1e9, help="stop after this wall time, saved")
             command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
             command.add_argument("--quick", action="store_true", help="0.02 M tokens, uncompiled: does it run?")

@@ -109,3 +109,4 @@ def test_learning_rate_rises_stays_and_decays():
     rates = [train_tiny.learning_rate(tokens, 10e6, 1.0) for tokens in (0, 0.1e6, 1e6, 7.9e6, 9e6, 10e6)]
     assert rates[0] < rates[1] < rates[2] == rates[3] == 1.0 and rates[5] == pytest.approx(0.02)
     assert rates[5] < rates[4] < 1.0
+    assert train_tiny.learning_rate(5e6, 10e6, 1.0, begin=5e6) == rates[0]  # a new optimiser warms up again
