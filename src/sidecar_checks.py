@@ -208,12 +208,23 @@ def _every_layer_at_1(model, text, settings, seed) -> Check:
                 model(input_ids=piece, past_key_values=cache, use_cache=True).logits
                 for piece in (text[:, :half], *text[:, half:].split(1, dim=1))
             ]
-        check = _close(
-            model, "all layers at alpha 1: cached equals uncached", "fixed_1", [torch.cat(pieces, 1)], [whole]
-        )
-        return replace(check, note=f"untrained; {cache.get_seq_length()} of {text.shape[1]} tokens counted")
+        value = _difference([torch.cat(pieces, 1)], [whole])
+        # Many untrained sidecars in a row blow rounding up: allow ten times what rounding of the embeddings does alone.
+        limit = max(TOLERANCE[model.dtype], 10.0 * _difference([_rounding_noise_logits(model, text)], [whole]))
+        counted = f"untrained; {cache.get_seq_length()} of {text.shape[1]} tokens counted"
+        check = "all layers at alpha 1: cached equals uncached"
+        return Check(check, "fixed_1", value <= limit, value, limit, "of the largest logit", counted)
     finally:
         detach_mamba_sidecars(model)
+
+
+def _rounding_noise_logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [B, T, V] after relative noise of the number format's precision on the embeddings."""
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(ids)
+        noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0)).to(embeddings)
+        noisy = embeddings * (1.0 + torch.finfo(model.dtype).eps * noise)
+        return model(inputs_embeds=noisy, use_cache=False).logits
 
 
 def _kernels(model: nn.Module, settings: SidecarSettings) -> Check:
