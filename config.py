@@ -40,7 +40,7 @@ MAMBA_INIT = "random"
 ALPHA_SWEEP = [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
 # Layers that get a sidecar: "all", "middle" (L//3 .. 2L//3-1), "first_half", "last_half", or a list of indices.
 TARGET_LAYERS = "middle"
-# "fixed" (alpha for every token), "routing" (by the router's sparsity) or "learned".
+# For your own attach_mamba_sidecar calls: "fixed", "routing" or "learned". The scripts compare all modes regardless.
 GATE_MODE = "routing"
 # Which router a routing gate reads: "previous" (layer l-1's) or "lookahead" (layer l's on the layer's normed input).
 GATE_SIGNAL = "previous"
@@ -129,4 +129,3 @@ ALPHA_SWEEP_RESULTS_PATH = MODEL_OUTPUT_DIR / "alpha_sweep_results.csv"
 LAYER_REPLACEMENT_PATH = MODEL_OUTPUT_DIR / "layer_replacement_results.csv"
 GATED_HYBRID_RESULTS_PATH = MODEL_OUTPUT_DIR / "gated_hybrid_results.csv"
 VERDICT_PATH = MODEL_OUTPUT_DIR / "verdict.json"
-REPORT_PATH = MODEL_OUTPUT_DIR / "report.html"

@@ -277,18 +277,15 @@ def test_lookahead_reads_the_layers_own_router():
 
 def test_a_path_without_weight_does_not_run():
     model, ids = attached("vanilla", "fixed_1"), tokens(1, 12)
-    hybrids = ms.attachment_of(model).hybrid_layers()
-
-    def refuse(*_):
-        raise AssertionError("this path must not run")
-
-    hooks = [hybrid.attention.register_forward_pre_hook(refuse) for hybrid in hybrids]
-    logits(model, ids)
-    [hook.remove() for hook in hooks]
-    ms.set_all_alphas(model, 0.0)
-    hooks = [hybrid.sidecar.register_forward_pre_hook(refuse) for hybrid in hybrids]
-    logits(model, ids)
-    [hook.remove() for hook in hooks]
+    hybrids, ran = ms.attachment_of(model).hybrid_layers(), []
+    for hybrid in hybrids:
+        hybrid.attention.register_forward_pre_hook(lambda *_: ran.append("attention"))
+        hybrid.sidecar.register_forward_pre_hook(lambda *_: ran.append("mamba"))
+    for alpha, paths in ((1.0, ["mamba"]), (0.0, ["attention"]), (0.5, ["attention", "mamba"])):
+        ms.set_all_alphas(model, alpha)
+        ran.clear()
+        logits(model, ids)
+        assert ran == paths * len(hybrids)
 
 
 @pytest.mark.parametrize("name", ["random", "learned_hard", "previous_hard", "lookahead_hard", "inverted_hard"])
