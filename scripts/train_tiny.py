@@ -27,12 +27,13 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AttentionInterface, AutoTokenizer, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from src.blockffn import BlockFFNConfig, BlockFFNForCausalLM  # noqa: E402
+from src.stats import cluster_bootstrap  # noqa: E402
 
 BOS, EOS = 0, 1
 VOCAB = 4096
@@ -290,6 +291,34 @@ def init_recall_heads(model, previous_layer=1, matching_layers=(4, 5, 6), seed=0
             attention.o_proj.weight[:, head * width : (head + 1) * width] = 2.0 * copy.T
 
 
+def blocked_causal_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, block=128, is_causal=True, **_from_forward
+):
+    """Causal attention as batched matrix products over blocks of queries, for training on a CPU.
+
+    Twice as fast as PyTorch's CPU flash kernel here once compiled: bf16 matrix products reach the hardware's own speed
+    and a block of queries never touches the keys after it. query [B, H, T, d], key and value [B, H_kv, T, d];
+    returns ([B, T, H, d], None) as transformers' attention functions do, which also get what the model's forward was
+    given (position ids, flags), unused here. Raises ValueError for what it does not do.
+    """
+    if attention_mask is not None or dropout or is_causal is False or query.shape[2] != key.shape[2]:
+        raise ValueError("blocked_causal_attention is for whole causal rows without padding, dropout or a cache")
+    groups, length = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    outputs = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        scores = query[:, :, start:stop] @ key[:, :, :stop].transpose(-1, -2)
+        visible = torch.ones(stop - start, stop, dtype=torch.bool, device=scores.device).tril(start)
+        scores = torch.where(visible, scores, float("-inf"))
+        outputs.append(torch.softmax(scores, dim=-1) @ value[:, :, :stop])
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("blocked_causal", blocked_causal_attention)
+
+
 def decoder_layer(layer, hidden, cos, sin, same_document):
     """One layer of the training forward: the layer's own modules, called in a way that torch.compile fuses on CPU.
 
@@ -410,6 +439,8 @@ def train(args):
         optimizer.load_state_dict(state["optimizer"])
         step, tokens, begin = state["step"], state["tokens"], state.get("begin", 0)
         print(f"resumed at step {step}, {tokens / 1e6:.2f} M tokens")
+    if device.type == "cpu":
+        model.set_attn_implementation("blocked_causal")
     layer_fn = torch.compile(decoder_layer, dynamic=False) if args.compile else decoder_layer
     head_fn = torch.compile(head_loss, dynamic=False) if args.compile else head_loss
     domains = {name: TextRows(args.cache, name) for name in ("prose", "code", "math")}
@@ -507,6 +538,41 @@ def long_rows(cache, name, count, length):
     return torch.from_numpy(np.stack(rows))
 
 
+def context_gain(model, cache, name, count, seed=5):
+    """What context is worth in one domain, on `count` rows of 1,024 tokens from anywhere in its long documents.
+
+    An article's opening is easier than its middle, whatever the context, so rows start anywhere. Returns NLL in nats
+    by position, the positions 64-127 less 512-1,023 (other tokens of the same rows, so noisy), and the same tokens
+    scored with 64-127 tokens of context less 512 and more; both differences with an interval over documents.
+    """
+    rng, text = np.random.default_rng(seed), TextRows(cache, name)
+    lengths = np.diff(text.offsets)
+    chosen = np.flatnonzero(lengths > 2048)
+    documents = np.tile(chosen, count // len(chosen) + 1)[:count]
+    starts = text.offsets[documents] + rng.integers(1, lengths[documents] - 1024)
+    rows = np.stack([np.array(text.tokens[start : start + 1024], dtype=np.int64) for start in starts])
+    rows[:, 0] = BOS
+    rows = torch.from_numpy(rows)
+    nll = token_nll(model, rows)
+    same_tokens = []
+    for start in range(512, 1024 - 64, 128):
+        short = rows[:, start - 64 : start + 64].clone()
+        short[:, 0] = BOS
+        same_tokens.append((token_nll(model, short, batch=32)[:, 63:] - nll[:, start - 1 : start + 63]).mean(1))
+    edges = [1, 64, 128, 256, 512, 1024]
+    by_position = {f"{a}-{b - 1}": nll[:, a - 1 : b - 1].mean(1) for a, b in zip(edges[:-1], edges[1:], strict=True)}
+    result = {"rows": len(rows), "documents": len(np.unique(documents))}
+    result["nll_by_position"] = {key: round(values.mean().item(), 4) for key, values in by_position.items()}
+    for key, gains in (
+        ("positions_64_127_less_512_1023", by_position["64-127"] - by_position["512-1023"]),
+        ("same_tokens_short_less_long_context", torch.stack(same_tokens).mean(0)),
+    ):
+        sums = np.array([[gains[documents == d].sum().item(), (documents == d).sum()] for d in np.unique(documents)])
+        interval = cluster_bootstrap(sums[:, 0], sums[:, 1])
+        result[key] = {"gain": round(interval.estimate, 4), "ci": [round(interval.low, 4), round(interval.high, 4)]}
+    return result
+
+
 def natural_repeats(ids, tokenizer):
     """Masks [N, T-1] over ids[:, 1:]: first occurrence and later occurrences of rare words within a row.
 
@@ -554,25 +620,10 @@ def evaluate(args):
     result["tls"] = round(float(np.mean(result["tls_per_layer"])), 4)
     result["cls_8_per_layer"] = [round(1 - a.unflatten(1, (-1, 8)).any(2).float().mean().item(), 4) for a in active]
     result["cls_8"] = round(float(np.mean(result["cls_8_per_layer"])), 4)
-    # Chunks from anywhere in long documents: an article's opening is easier than its middle, whatever the context.
-    rng, text = np.random.default_rng(5), TextRows(args.cache, "valid_prose")
-    chosen = [n for n in range(len(text.offsets) - 1) if text.offsets[n + 1] - text.offsets[n] > 2048]
-    starts = [text.offsets[n] + rng.integers(1, text.offsets[n + 1] - text.offsets[n] - 1024) for n in chosen]
-    anywhere = np.stack([np.array(text.tokens[start : start + 1024], dtype=np.int64) for start in starts[: args.rows]])
-    anywhere[:, 0] = BOS
-    by_position = token_nll(model, torch.from_numpy(anywhere))
-    edges = [1, 64, 128, 256, 512, 1024]
-    result["nll_by_position"] = {
-        f"{a}-{b - 1}": round(nll[:, a - 1 : b - 1].mean().item(), 4)
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
+    result["context"] = {
+        name.removeprefix("valid_"): context_gain(model, args.cache, name, 6 * args.rows)
+        for name in ("valid_prose", "valid_code")
     }
-    # The same tokens with little and with much context: 64-127 tokens of it against 512 and more.
-    gains = []
-    for start in range(512, 1024 - 64, 64):
-        short = torch.from_numpy(anywhere[:, start - 64 : start + 64].copy())
-        short[:, 0] = BOS
-        gains.append(token_nll(model, short, batch=16)[:, 63:] - by_position[:, start - 1 : start + 63])
-    result["gain_of_long_context"] = round(torch.stack(gains).mean().item(), 4)
     middle = range(count // 3, 2 * count // 3)
     with zeroed_attention(model, middle):
         zeroed = token_nll(model, long[: args.rows // 2])

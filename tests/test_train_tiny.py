@@ -43,6 +43,55 @@ def test_training_forward_is_the_models_own(model):
     assert sparsification.item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("length", [1, 64, 129, 300])
+def test_blocked_attention_is_pytorchs_own(length):
+    generator = torch.Generator().manual_seed(4)
+    query = torch.randn(2, 4, length, 16, generator=generator, dtype=torch.float64)
+    key, value = (torch.randn(2, 2, length, 16, generator=generator, dtype=torch.float64) for _ in range(2))
+    found, _ = train_tiny.blocked_causal_attention(None, query, key, value, None, scaling=0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+def test_blocked_attention_refuses_padding_and_caches():
+    x = torch.zeros(1, 1, 4, 2)
+    for arguments in (
+        (None, x, x, x, torch.ones(1, 1, 4, 4)),
+        (None, x[:, :, :1], x, x, None),
+        (None, x, x, x, None, 1.0, 0.1),
+    ):
+        with pytest.raises(ValueError, match="whole causal rows"):
+            train_tiny.blocked_causal_attention(*arguments)
+
+
+def test_a_model_with_blocked_attention_computes_the_same(model):
+    ids = torch.randint(2, train_tiny.VOCAB, (2, 200), generator=torch.Generator().manual_seed(6))
+    usual = model.config._attn_implementation
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        model.set_attn_implementation("blocked_causal")
+        try:
+            found = model(input_ids=ids, use_cache=False).logits
+        finally:
+            model.set_attn_implementation(usual)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_context_gain_of_a_model_without_attention_is_zero(model, tmp_path):
+    """Without attention no token sees another, so context is worth nothing, token for token."""
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "valid_prose.npy", rng.integers(2, train_tiny.VOCAB, 6000).astype(np.uint16))
+    np.save(tmp_path / "valid_prose.offsets.npy", np.array([0, 3000, 3500, 6000]))
+    with train_tiny.zeroed_attention(model, range(7)):
+        gain = train_tiny.context_gain(model, tmp_path, "valid_prose", 3)
+    assert gain["documents"] == 2 and gain["rows"] == 3
+    same = gain["same_tokens_short_less_long_context"]
+    assert same["gain"] == 0.0 and same["ci"] == [0.0, 0.0]
+    assert gain["positions_64_127_less_512_1023"]["gain"] != 0.0
+
+
 def test_locality_loss_against_loops():
     z = torch.randn(1, 5, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 0.02
     same_document = torch.tensor([[1.0, 1.0, 0.0, 1.0]])
