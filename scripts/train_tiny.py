@@ -1,13 +1,17 @@
-"""Train the small BlockFFN that ships in assets/blockffn-tiny, from text to model card figures.
+"""Train the small models that ship in assets/, from text to model card figures.
 
     python scripts/train_tiny.py prepare --wikipedia DIR --gsm8k FILE --mbpp FILE   text -> tokenizer and token arrays
-    python scripts/train_tiny.py train                                              resumable; logs train_log.csv
-    python scripts/train_tiny.py export                                             best state -> assets/blockffn-tiny
+    python scripts/train_tiny.py train [--arch mixtral]                             resumable; logs a CSV
+    python scripts/train_tiny.py export [--arch mixtral]                            last state -> assets/<arch>-tiny
+    python scripts/train_tiny.py evaluate [--arch mixtral]                          the card's figures
 
-The language-model loss is trained together with BlockFFN's two objectives (arXiv 2507.08771): activation
-locality and chunk-level sparsification. A curriculum of recall sequences comes first, because a model of this size does
-not learn in-context copying from 30 M tokens of prose alone, and without it attention would have nothing to do that a
-state-space sidecar could not.
+`--arch blockffn` (the default) trains assets/blockffn-tiny: the language-model loss together with BlockFFN's two
+objectives (arXiv 2507.08771), activation locality and chunk-level sparsification. A curriculum of recall sequences
+comes first, because a model of this size does not learn in-context copying from 30 M tokens of prose alone, and
+without it attention would have nothing to do that a state-space sidecar could not.
+
+`--arch mixtral` trains assets/mixtral-tiny, a model of Mixtral's routing shape (32 layers, 8 experts, top-2), with the
+load-balancing loss of the Switch Transformer (arXiv 2101.03961) on every layer by itself.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import csv
 import json
 import lzma
 import math
+import shutil
 import sys
 import sysconfig
 import time
@@ -27,7 +32,15 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AttentionInterface,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.integrations.moe import ExpertsInterface
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -217,6 +230,9 @@ def chunk_sparsification_loss(router_logits, chunk=64):
 # ---------------------------------------------------------------- training
 
 
+ROPE = {"rope_type": "default", "rope_theta": 500_000.0}
+
+
 def tiny_config(num_layers=12):
     """The shape of assets/blockffn-tiny: MiniCPM's muP constants, 32 experts of width 32."""
     return BlockFFNConfig(
@@ -231,10 +247,41 @@ def tiny_config(num_layers=12):
         bos_token_id=BOS,
         eos_token_id=EOS,
         initializer_range=0.05,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        rope_parameters=ROPE,
         tie_word_embeddings=True,
         architectures=["BlockFFNForCausalLM"],
     )
+
+
+def tiny_mixtral_config(num_layers=32):
+    """The shape of assets/mixtral-tiny: Mixtral's 32 layers, 8 experts and top-2, at width 128."""
+    return MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=1024,
+        sliding_window=None,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        rope_parameters=ROPE,
+        tie_word_embeddings=True,
+        architectures=["MixtralForCausalLM"],
+    )
+
+
+@torch.no_grad()
+def init_deep_residuals(model):
+    """Divide the matrices that write to the residual stream by sqrt(2 L), as GPT-2 does; 32 layers need it."""
+    layers = model.model.layers
+    for layer in layers:
+        for weight in (layer.self_attn.o_proj.weight, layer.mlp.experts.down_proj):
+            weight /= math.sqrt(2 * len(layers))
 
 
 @torch.no_grad()
@@ -319,6 +366,30 @@ def blocked_causal_attention(
 AttentionInterface.register("blocked_causal", blocked_causal_attention)
 
 
+def sorted_experts(module, hidden_states, top_k_index, top_k_weights):
+    """Mixtral's experts with the (token, choice) pairs sorted by expert: each expert multiplies one contiguous block.
+
+    The same function as transformers' own `eager` experts, which gathers and scatters per expert, and faster on a CPU.
+    hidden_states [N, D], top_k_index and top_k_weights [N, K]; returns [N, D].
+    """
+    tokens, choices = top_k_index.shape
+    flat = top_k_index.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=module.num_experts).tolist()
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
+    rows = hidden_states.index_select(0, order // choices).split(counts)
+    outputs = []
+    for part, gate_up, down in zip(rows, module.gate_up_proj.unbind(), module.down_proj.unbind(), strict=True):
+        gate, up = F.linear(part, gate_up).chunk(2, dim=-1)
+        outputs.append(F.linear(module.act_fn(gate) * up, down))
+    chosen = torch.cat(outputs).index_select(0, order.argsort()).unflatten(0, (tokens, choices))
+    return (chosen * top_k_weights.unsqueeze(-1).to(chosen.dtype)).sum(1)
+
+
+ExpertsInterface.register("sorted", sorted_experts)
+
+
 def decoder_layer(layer, hidden, cos, sin, same_document):
     """One layer of the training forward: the layer's own modules, called in a way that torch.compile fuses on CPU.
 
@@ -338,8 +409,41 @@ def decoder_layer(layer, hidden, cos, sin, same_document):
 
 def head_loss(model, hidden, labels):
     """Mean next-token NLL in nats; hidden [B, T, D], labels [B, T]."""
-    logits = model.lm_head(model.model.norm(hidden) / model.config.logits_scaling)
+    logits = model.lm_head(model.model.norm(hidden) / getattr(model.config, "logits_scaling", 1.0))
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
+def mixtral_mixer(layer, hidden, cos, sin):
+    """The part of a Mixtral layer whose shapes are fixed: (hidden, its norm, router logits, weights, expert ids)."""
+    mixed, _ = layer.self_attn(
+        hidden_states=layer.input_layernorm(hidden), position_embeddings=(cos, sin), attention_mask=None
+    )
+    hidden = hidden + mixed
+    normed = layer.post_attention_layernorm(hidden)
+    return hidden, normed, *layer.mlp.gate(normed)
+
+
+def mixtral_losses(model, ids, layer_fn=mixtral_mixer, head_fn=head_loss):
+    """(NLL, load balancing, smallest share) of a batch of ids [B, T], each a scalar.
+
+    The load-balancing loss (arXiv 2101.03961, equations 4-6) is the mean over layers of each layer's own: over all
+    layers together, as transformers adds it up, experts idle in one layer would be excused by being busy in another.
+    The smallest share is that of the (layer, expert) with the fewest of its layer's choices in this batch.
+    """
+    config = model.config
+    hidden = model.model.embed_tokens(ids)
+    cos, sin = model.model.rotary_emb(hidden, position_ids=torch.arange(ids.shape[1], device=ids.device)[None])
+    balancing, smallest = 0.0, 1.0
+    for layer in model.model.layers:
+        hidden, normed, logits, weights, chosen = layer_fn(layer, hidden, cos, sin)
+        hidden = hidden + layer.mlp.experts(normed.flatten(0, 1), chosen, weights).view_as(hidden)
+        balancing = balancing + load_balancing_loss_func(
+            (logits,), config.num_local_experts, config.num_experts_per_tok
+        )
+        counts = torch.bincount(chosen.flatten(), minlength=config.num_local_experts)
+        smallest = min(smallest, counts.min().item() / chosen.numel())
+    nll = head_fn(model, hidden[:, :-1], ids[:, 1:])
+    return nll, balancing / len(model.model.layers), torch.tensor(smallest)
 
 
 def losses(model, ids, layer_fn=decoder_layer, head_fn=head_loss):
@@ -375,22 +479,33 @@ def validate(model, cache, domains, rows, length, seed=0):
         rng, text = np.random.default_rng(seed), TextRows(cache, name)
         ids = torch.from_numpy(np.stack([text.row(rng, length) for _ in range(rows)])).to(model.device)
         with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-            result[name] = losses(model, ids)[0].item()
+            result[name] = model(input_ids=ids, labels=ids, use_cache=False).loss.item()
     return result
 
 
 # name, until (millions of tokens), row length, rows per step, share of recall rows, their difficulty at start and end
-PHASES = [
-    ("recall", 0.5, 256, 16, 0.6, 0.0, 0.5),
-    ("mixed", 2.2, 512, 16, 0.1, 0.5, 1.0),
-    ("long", math.inf, 1024, 8, 0.1, 1.0, 1.0),
-]
+PHASES = {
+    "blockffn": [
+        ("recall", 0.5, 256, 16, 0.6, 0.0, 0.5),
+        ("mixed", 2.2, 512, 16, 0.1, 0.5, 1.0),
+        ("long", math.inf, 1024, 8, 0.1, 1.0, 1.0),
+    ],
+    "mixtral": [
+        ("short", 12.0, 512, 16, 0.0, 0.0, 0.0),
+        ("long", math.inf, 1024, 8, 0.0, 0.0, 0.0),
+    ],
+}
+# weights of the second and third loss, next to the language-model loss; Mixtral's third is only logged
+AUXILIARY = {
+    "blockffn": {"locality": 2e-3, "sparsification": 5e-2},
+    "mixtral": {"load_balancing": 2e-2, "smallest_share": 0.0},
+}
 
 
-def phase_at(tokens):
+def phase_at(arch, tokens):
     """(name, row length, rows, recall share, difficulty) after a number of tokens."""
     begin = 0.0
-    for name, end, length, rows, recall_share, low, high in PHASES:
+    for name, end, length, rows, recall_share, low, high in PHASES[arch]:
         if tokens < end * 1e6:
             progress = 0.0 if math.isinf(end) else (tokens / 1e6 - begin) / (end - begin)
             return name, length, rows, recall_share, low + (high - low) * progress
@@ -406,10 +521,23 @@ def learning_rate(tokens, total, peak, begin=0, warmup=0.2e6, decay=0.2):
     return peak * min(1.0, (tokens - begin) / warmup + 0.02) * (0.02 + 0.98 * min(1.0, left))
 
 
-LOG_COLUMNS = (
-    "step tokens phase nll locality sparsification gradient_norm learning_rate easy_span_first easy_span_second "
-    "random_span_first random_span_second valid_prose valid_code valid_math tokens_per_second"
-).split()
+PROBES = "easy_span_first easy_span_second random_span_first random_span_second".split()
+
+
+def new_model(arch, seed):
+    """An untrained model of the shape that ships as assets/<arch>-tiny, float32."""
+    if arch == "mixtral":
+        model = MixtralForCausalLM(tiny_mixtral_config())
+        init_deep_residuals(model)
+        return model
+    model = BlockFFNForCausalLM(tiny_config())
+    init_recall_heads(model, seed=seed)
+    return model
+
+
+def state_path(args):
+    """Where training keeps weights, optimiser and position."""
+    return args.cache / f"state_{args.arch}.pt"
 
 
 def train(args):
@@ -418,17 +546,15 @@ def train(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    model = BlockFFNForCausalLM(tiny_config()).train()
-    init_recall_heads(model, seed=args.seed)
-    model.to(device)
+    model = new_model(args.arch, args.seed).train().to(device)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    state_file, log_file = args.cache / "state.pt", args.cache / "train_log.csv"
+    state_file, log_file = state_path(args), args.cache / f"train_log_{args.arch}.csv"
     step = tokens = begin = 0
     if not state_file.exists() and args.start_from:
-        model.load_state_dict(BlockFFNForCausalLM.from_pretrained(args.start_from, dtype=torch.float32).state_dict())
+        model.load_state_dict(type(model).from_pretrained(args.start_from, dtype=torch.float32).state_dict())
         seen = json.loads((args.start_from / "training.json").read_text())
         step, begin = seen["steps"], seen["tokens_seen"]
         tokens = begin
@@ -441,15 +567,21 @@ def train(args):
         print(f"resumed at step {step}, {tokens / 1e6:.2f} M tokens")
     if device.type == "cpu":
         model.set_attn_implementation("blocked_causal")
-    layer_fn = torch.compile(decoder_layer, dynamic=False) if args.compile else decoder_layer
-    head_fn = torch.compile(head_loss, dynamic=False) if args.compile else head_loss
+    objective, layer_fn, head_fn = losses, decoder_layer, head_loss
+    if args.arch == "mixtral":
+        model.set_experts_implementation("sorted")
+        objective, layer_fn = mixtral_losses, mixtral_mixer
+    if args.compile:
+        layer_fn, head_fn = torch.compile(layer_fn, dynamic=False), torch.compile(head_fn, dynamic=False)
+    weights = AUXILIARY[args.arch]
     domains = {name: TextRows(args.cache, name) for name in ("prose", "code", "math")}
     started = last_saved = time.time()
     first_tokens = tokens
     log = open(log_file, "a", newline="")
     writer = csv.writer(log)
     if log.tell() == 0:
-        writer.writerow(LOG_COLUMNS)
+        columns = ["step", "tokens", "phase", "nll", *weights, "gradient_norm", "learning_rate", *PROBES]
+        writer.writerow([*columns, "valid_prose", "valid_code", "valid_math", "tokens_per_second"])
     total = args.tokens * 1e6
     bar = tqdm(total=int(total), initial=tokens, unit="tok", unit_scale=True, mininterval=10)
 
@@ -461,14 +593,14 @@ def train(args):
         temporary.replace(state_file)
 
     while tokens < total and time.time() - started < args.minutes * 60:
-        phase, length, rows, recall_share, difficulty = phase_at(tokens)
+        phase, length, rows, recall_share, difficulty = phase_at(args.arch, tokens)
         rng = np.random.default_rng([args.seed, step])  # by step, so that a resumed run sees the same batches
         ids = make_batch(rng, domains, rows, length, recall_share, difficulty).to(device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(tokens, total, args.lr, begin)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            nll, locality, sparsification = losses(model, ids, layer_fn, head_fn)
-        (nll + args.locality * locality + args.sparsification * sparsification).backward()
+            nll, *auxiliary = objective(model, ids, layer_fn, head_fn)
+        (nll + sum(w * value for w, value in zip(weights.values(), auxiliary, strict=True))).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -484,9 +616,7 @@ def train(args):
                 step,
                 tokens,
                 phase,
-                f"{nll.item():.4f}",
-                f"{locality.item():.4f}",
-                f"{sparsification.item():.4f}",
+                *(f"{value.item():.4f}" for value in (nll, *auxiliary)),
             ]
             row += [f"{norm.item():.3f}", f"{optimizer.param_groups[0]['lr']:.2e}"]
             row += [f"{value:.4f}" for value in (*easy, *hard, *valid.values())] + [f"{speed:.0f}"]
@@ -599,10 +729,72 @@ def natural_repeats(ids, tokenizer):
     return first, later
 
 
+def bits_per_byte(model, tokenizer, cache, rows):
+    """Bits per byte of validation text by domain, beside those of a unigram model of the training text."""
+    result = {}
+    for name, train_name in (
+        ("valid_prose", "prose"),
+        ("valid_code", "code"),
+        ("valid_mbpp", "code"),
+        ("valid_math", "math"),
+    ):
+        text = TextRows(cache, name)
+        rng = np.random.default_rng(0)
+        ids = torch.from_numpy(np.stack([text.row(rng, 1024) for _ in range(min(24, rows))]))
+        values, targets = token_nll(model, ids), ids[:, 1:]
+        keep = targets > EOS
+        size = sum(len(tokenizer.decode(row[row > EOS]).encode()) for row in ids[:, 1:])
+        counts = np.bincount(np.load(cache / f"{train_name}.npy", mmap_mode="r"), minlength=VOCAB) + 1.0
+        unigram = torch.from_numpy(-np.log(counts / counts.sum()))
+        result[name] = {
+            "model": round(values[keep].sum().item() / math.log(2) / size, 4),
+            "unigram": round(unigram[targets[keep]].sum().item() / math.log(2) / size, 4),
+            "nll_per_token": round(values[keep].mean().item(), 4),
+        }
+    return result
+
+
 @torch.no_grad()
+def expert_load(model, cache, rows):
+    """Share of each layer's expert choices that go to each expert, [L, E], on validation text of all domains."""
+    config = model.config
+    counts = torch.zeros(config.num_hidden_layers, config.num_local_experts, dtype=torch.float64)
+    rng = np.random.default_rng(3)
+    for name in ("valid_prose", "valid_code", "valid_mbpp", "valid_math"):
+        text = TextRows(cache, name)
+        for _ in range(max(1, rows // 4)):
+            ids = torch.from_numpy(text.row(rng, 1024))[None]
+            logits = model(input_ids=ids, use_cache=False, output_router_logits=True).router_logits
+            for layer, values in enumerate(logits):
+                chosen = values.topk(config.num_experts_per_tok, dim=-1).indices
+                counts[layer] += torch.bincount(chosen.flatten(), minlength=config.num_local_experts)
+    return (counts / counts.sum(1, keepdim=True)).numpy()
+
+
 def evaluate(args):
     """Everything the model card states about the exported checkpoint, on validation text; writes evaluation.json."""
     tokenizer = AutoTokenizer.from_pretrained(args.assets)
+    if args.arch == "mixtral":
+        model = MixtralForCausalLM.from_pretrained(args.assets, dtype=torch.float32).eval()
+        model.set_experts_implementation("sorted")
+        load = expert_load(model, args.cache, args.rows)
+        result = {
+            "smallest_expert_share": round(float(load.min()), 4),
+            "largest_expert_share": round(float(load.max()), 4),
+            "expert_load": np.round(load, 4).tolist(),
+            "bits_per_byte": bits_per_byte(model, tokenizer, args.cache, args.rows),
+        }
+    else:
+        result = evaluate_blockffn(args, tokenizer)
+    result |= json.loads((args.assets / "training.json").read_text())
+    (args.assets / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    print(f"wrote {args.assets / 'evaluation.json'}")
+
+
+@torch.no_grad()
+def evaluate_blockffn(args, tokenizer):
+    """Sparsity, the worth of attention and context, recall, and bits per byte of an exported BlockFFN."""
     model = BlockFFNForCausalLM.from_pretrained(args.assets, dtype=torch.float32).eval()
     count = model.config.num_hidden_layers
     result = {}
@@ -650,36 +842,14 @@ def evaluate(args):
         "ratio": round(later_sum / later_count / (first_sum / first_count), 4),
         "tokens": [int(first_count), int(later_count)],
     }
-    result["bits_per_byte"] = {}
-    for name, train_name in (
-        ("valid_prose", "prose"),
-        ("valid_code", "code"),
-        ("valid_mbpp", "code"),
-        ("valid_math", "math"),
-    ):
-        text = TextRows(args.cache, name)
-        rng = np.random.default_rng(0)
-        rows = torch.from_numpy(np.stack([text.row(rng, 1024) for _ in range(min(24, args.rows))]))
-        values, targets = token_nll(model, rows), rows[:, 1:]
-        keep = targets > EOS
-        size = sum(len(tokenizer.decode(row[row > EOS]).encode()) for row in rows[:, 1:])
-        counts = np.bincount(np.load(args.cache / f"{train_name}.npy", mmap_mode="r"), minlength=VOCAB) + 1.0
-        unigram = torch.from_numpy(-np.log(counts / counts.sum()))
-        result["bits_per_byte"][name] = {
-            "model": round(values[keep].sum().item() / math.log(2) / size, 4),
-            "unigram": round(unigram[targets[keep]].sum().item() / math.log(2) / size, 4),
-            "nll_per_token": round(values[keep].mean().item(), 4),
-        }
-    state = json.loads((args.assets / "training.json").read_text())
-    result |= state
-    (args.assets / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    result["bits_per_byte"] = bits_per_byte(model, tokenizer, args.cache, args.rows)
+    return result
 
 
 def export(args):
     """Write the saved state to the assets folder in the hub's layout: bf16 safetensors, config, tokenizer."""
-    state = torch.load(args.cache / "state.pt", weights_only=True)
-    model = BlockFFNForCausalLM(tiny_config())
+    state = torch.load(state_path(args), weights_only=True, map_location="cpu")
+    model = new_model(args.arch, args.seed)
     model.load_state_dict(state["model"])
     model.to(torch.bfloat16).save_pretrained(args.assets)
     tokenizer = PreTrainedTokenizerFast(
@@ -694,7 +864,8 @@ def export(args):
     tokenizer.save_pretrained(args.assets)
     training = {"steps": state["step"], "tokens_seen": state["tokens"]}
     (args.assets / "training.json").write_text(json.dumps(training) + "\n")
-    print(f"{state['tokens'] / 1e6:.2f} M tokens -> {args.assets}")
+    shutil.copyfile(args.cache / f"train_log_{args.arch}.csv", args.assets / "training_log.csv")
+    print(f"{state['tokens'] / 1e6:.2f} M tokens; wrote {args.assets}")
 
 
 def main():
@@ -704,13 +875,14 @@ def main():
         command = commands.add_parser(name)
         command.add_argument("--cache", type=Path, default=ROOT / "cache" / "tiny", help="working folder")
         command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--arch", choices=list(PHASES), default="blockffn", help="which shipped model")
         if name == "prepare":
             command.add_argument("--wikipedia", type=Path, required=True, help="folder of train-*.jsonl.xz")
             command.add_argument("--gsm8k", type=Path, required=True, help="GSM8K train.jsonl")
             command.add_argument("--mbpp", type=Path, required=True, help="mbpp.jsonl")
             command.add_argument("--shards", type=int, default=7)
         elif name in ("export", "evaluate"):
-            command.add_argument("--assets", type=Path, default=ROOT / "assets" / "blockffn-tiny")
+            command.add_argument("--assets", type=Path, help="folder of the checkpoint (default: assets/<arch>-tiny)")
             command.add_argument("--rows", type=int, default=48, help="validation rows of 1,024 tokens")
         else:
             command.add_argument("--tokens", type=float, default=30.0, help="millions of tokens in all")
@@ -721,12 +893,12 @@ def main():
             command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
             command.add_argument("--quick", action="store_true", help="0.02 M tokens, uncompiled: does it run?")
             command.add_argument("--lr", type=float, default=2e-3)
-            command.add_argument("--locality", type=float, default=2e-3, help="weight of the locality objective")
-            command.add_argument("--sparsification", type=float, default=5e-2, help="weight of the chunk objective")
             command.add_argument("--log-every", type=int, default=50)
             command.add_argument("--threads", type=int, default=0)
             command.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
+    if getattr(args, "assets", ROOT) is None:
+        args.assets = ROOT / "assets" / f"{args.arch}-tiny"
     if getattr(args, "quick", False):
         args.tokens, args.compile, args.log_every = 0.02, False, 2
     {"prepare": prepare, "train": train, "export": export, "evaluate": evaluate}[args.command](args)

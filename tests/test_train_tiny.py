@@ -92,6 +92,64 @@ def test_context_gain_of_a_model_without_attention_is_zero(model, tmp_path):
     assert gain["positions_64_127_less_512_1023"]["gain"] != 0.0
 
 
+@pytest.fixture(scope="module")
+def mixtral():
+    torch.manual_seed(1)
+    config = train_tiny.tiny_mixtral_config(num_layers=3)
+    config._experts_implementation = "eager"
+    return train_tiny.MixtralForCausalLM(config).eval()
+
+
+def test_sorted_experts_are_transformers_own(mixtral):
+    experts = mixtral.model.layers[0].mlp.experts
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(50, 128, generator=generator)
+    # expert 3 gets nothing, expert 0 is everybody's first choice
+    chosen = torch.stack([torch.zeros(50, dtype=torch.long), torch.randint(4, 8, (50,), generator=generator)], dim=1)
+    weights = torch.rand(50, 2, generator=generator)
+    torch.testing.assert_close(
+        train_tiny.sorted_experts(experts, hidden, chosen, weights), experts(hidden, chosen, weights)
+    )
+
+
+def test_mixtral_training_forward_is_the_models_own(mixtral):
+    ids = torch.randint(2, train_tiny.VOCAB, (2, 64), generator=torch.Generator().manual_seed(8))
+    mixtral.zero_grad()
+    expected = mixtral(input_ids=ids, labels=ids, use_cache=False, output_router_logits=True)
+    nll_expected = expected.loss - mixtral.config.router_aux_loss_coef * expected.aux_loss
+    nll_expected.backward()
+    gradients = {name: p.grad.clone() for name, p in mixtral.named_parameters()}
+    mixtral.zero_grad()
+    mixtral.set_experts_implementation("sorted")
+    try:
+        nll, balancing, smallest = train_tiny.mixtral_losses(mixtral, ids)
+        nll.backward()
+    finally:
+        mixtral.set_experts_implementation("eager")
+    assert nll.item() == pytest.approx(nll_expected.item(), abs=1e-5)
+    for name, parameter in mixtral.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-6)
+    terms, shares = [], []
+    for logits in expected.router_logits:
+        chosen = logits.topk(2, dim=-1).indices
+        load = torch.stack([(chosen == e).float().sum() / len(logits) for e in range(8)])
+        terms.append(8 * (load * logits.softmax(-1).mean(0)).sum().item())
+        shares += (load / 2).tolist()
+    assert balancing.item() == pytest.approx(np.mean(terms), rel=1e-4)
+    assert smallest.item() == pytest.approx(min(shares), abs=1e-6)
+
+
+def test_expert_load_is_a_distribution_over_experts(mixtral, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("valid_prose", "valid_code", "valid_mbpp", "valid_math"):
+        np.save(tmp_path / f"{name}.npy", rng.integers(2, train_tiny.VOCAB, 3000).astype(np.uint16))
+        np.save(tmp_path / f"{name}.offsets.npy", np.array([0, 1500, 3000]))
+    load = train_tiny.expert_load(mixtral, tmp_path, 4)
+    assert load.shape == (3, 8)
+    np.testing.assert_allclose(load.sum(1), 1.0)
+    assert (load > 0).all()
+
+
 def test_locality_loss_against_loops():
     z = torch.randn(1, 5, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 0.02
     same_document = torch.tensor([[1.0, 1.0, 0.0, 1.0]])
