@@ -1,7 +1,8 @@
 """Settings of the study: flat constants, read by scripts and notebooks (never by src).
 
-Every script shows its settings as flags (`--help`); a flag beats this file. Three environment variables beat it too, so
-that scripts, notebooks and scripts/run_all.sh agree: BLOCKFFN_MODEL, BLOCKFFN_OUTPUT_DIR, BLOCKFFN_QUICK.
+Every script shows its settings as flags (`--help`); a flag beats this file. Four environment variables beat it too, so
+that scripts, notebooks and scripts/run_all.sh agree: BLOCKFFN_MODEL, BLOCKFFN_JOURNEY_MODEL, BLOCKFFN_OUTPUT_DIR,
+BLOCKFFN_QUICK.
 """
 
 import os
@@ -129,3 +130,27 @@ ALPHA_SWEEP_RESULTS_PATH = MODEL_OUTPUT_DIR / "alpha_sweep_results.csv"
 LAYER_REPLACEMENT_PATH = MODEL_OUTPUT_DIR / "layer_replacement_results.csv"
 GATED_HYBRID_RESULTS_PATH = MODEL_OUTPUT_DIR / "gated_hybrid_results.csv"
 VERDICT_PATH = MODEL_OUTPUT_DIR / "verdict.json"
+
+# --- Journeys (08-10) ----------------------------------------------------------------------------------------------
+# The mixture-of-experts model whose routing is studied: `mixtral-tiny` (ships in assets/), a folder, or a hub name.
+JOURNEY_MODEL = os.environ.get("BLOCKFFN_JOURNEY_MODEL") or "mixtral-tiny"
+# Data sets that 08 collects; domains are compared in this order.
+JOURNEY_DATASETS = ["humaneval", "gsm8k"]
+JOURNEY_PROBLEMS = 164  # problems of each data set
+JOURNEY_MAX_TOKENS = 512  # prompt tokens kept of a problem (its beginning)
+JOURNEY_GENERATE = 0  # tokens generated after each prompt, whose journeys are kept too
+QUICK_JOURNEY_PROBLEMS = 12  # problems of each data set under --quick
+JOURNEY_FOLDS = 5  # parts that problems are split into for out-of-sample accuracy
+JOURNEY_PERMUTATIONS = 1000  # divisions of the problems behind the p-values of domain differences
+JOURNEY_RESAMPLES = 1000  # bootstrap resamples (of problems) behind the intervals of out-of-sample accuracy
+JOURNEY_HIGH_CONFIDENCE = 0.8  # strongest gate probability above which a decision counts as confident
+JOURNEY_DOMINANT_PERCENT = 20.0  # share of a layer's tokens above which an expert is listed
+JOURNEY_STRONG_PERCENT = 30.0  # probability above which a transition is listed
+JOURNEY_LOW_ACCURACY_PERCENT = 15.0  # accuracy under which looking further ahead counts as lost
+JOURNEY_DOMAIN_PERCENT = 5.0  # percentage points of usage above which an expert is specific to a domain
+# The journeys, and what 09 makes of them: the same rule as above.
+JOURNEYS_DIR = (
+    OUTPUT_DIR
+    / ((re.sub(r"[^A-Za-z0-9._-]+", "-", JOURNEY_MODEL).strip("-._") or "model") + ("-quick" if QUICK else ""))
+    / "journeys"
+)

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import dataclasses
 import dis
+import errno
 import hashlib
 import io
 import json
@@ -68,10 +69,10 @@ class UserError(ValueError):
     """Something the user can put right: the message says what was wrong, with which value, and what to do."""
 
 
-def fail(message: object) -> NoReturn:
-    """Print `message` as one line on stderr and exit with code 2."""
+def fail(message: object, code: int = 2) -> NoReturn:
+    """Print `message` as one line on stderr and exit with `code`: 2 for what was asked, 1 for the machine."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -90,8 +91,9 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_main(main: Callable[[], object]) -> None:
     """Run a script's `main`; what the user can put right becomes one line and exit code 2, bugs keep their traceback.
 
-    The user's: OSError (no file, no right, no space, no network), running out of memory, and every ValueError that came
-    from a `raise` in this repository (UserError, CheckpointError ...). A ValueError out of a library is a bug.
+    A full disk is one line and exit code 1. The user's: OSError (no file, no right, no network), running out of memory,
+    and every ValueError that came from a `raise` in this repository (UserError, CheckpointError ...). A ValueError out
+    of a library is a bug.
     """
     try:
         main()
@@ -103,7 +105,8 @@ def run_main(main: Callable[[], object]) -> None:
         print("interrupted; the files written so far are complete", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
-        fail(error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fail(f"{error}; results written before it are intact" if full else error, code=1 if full else 2)
     except ValueError as error:
         if not _raised_by_repository(error):
             raise

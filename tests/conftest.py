@@ -4,7 +4,7 @@ import os
 
 # Before transformers, datasets or matplotlib are imported: they read these once.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", MPLBACKEND="Agg")
-for _name in ("BLOCKFFN_MODEL", "BLOCKFFN_OUTPUT_DIR", "BLOCKFFN_QUICK"):
+for _name in ("BLOCKFFN_MODEL", "BLOCKFFN_JOURNEY_MODEL", "BLOCKFFN_OUTPUT_DIR", "BLOCKFFN_QUICK"):
     os.environ.pop(_name, None)
 
 import pytest  # noqa: E402

@@ -266,6 +266,13 @@ def test_bugs_keep_their_traceback(statement):
     assert "Traceback" in run.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_one_line_and_exit_code_1():
+    run = run_main_with("open('/dev/full', 'w', buffering=1).write('x' * 9999 + chr(10))")
+    assert run.returncode == 1, run.stderr
+    assert run.stderr.count("\n") == 1 and "No space left on device" in run.stderr
+
+
 def test_interrupt_is_130_without_traceback():
     run = run_main_with("raise KeyboardInterrupt")
     assert run.returncode == 130 and "Traceback" not in run.stderr
