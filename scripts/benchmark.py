@@ -1,10 +1,13 @@
-"""Speed of perplexity against the machine's bare matrix products, and what capturing router signals costs.
+"""Speed of perplexity against the machine's bare matrix products, what capturing router signals costs, and the speed
+of the journey analyses against plain loops.
 
     python scripts/benchmark.py eval       tokens per second of score_documents, of its matrix products alone, the ratio
     python scripts/benchmark.py capture    a forward with RoutingExtractor against the plain forward
+    python scripts/benchmark.py journeys   distribution, affinity, hops and correlation of random journeys (32 layers,
+                                           8 experts) in arrays and in loops over dicts; no model is needed
 
-Both measure what they compare in turns, so that a machine that slows down slows down both, and print one JSON line at
-the end. Stop everything else that runs on the machine before believing a figure.
+They measure what they compare in one run (the first two in turns), so that a machine that slows down slows down both,
+and print one JSON line at the end. Stop everything else that runs on the machine before believing a figure.
 """
 
 import json
@@ -20,15 +23,15 @@ from torch import nn
 from tqdm import tqdm
 
 import config
-from src import costs, results, text_data
-from src.eval_utils import WindowRef, model_device, score_documents
+from src import costs, journey_measures, journey_tables, results, text_data
+from src.eval_utils import WindowRef, model_device, peak_memory_gb, reset_peak_memory, score_documents
 from src.model_loading import context_length, load_model, memory_estimate
 from src.routing_extractor import RoutingExtractor
 
 
 def parse_arguments():
-    parser = results.ArgumentParser("Speed of perplexity, and what capturing router signals costs.")
-    parser.add_argument("what", choices=("eval", "capture"), help="what to measure")
+    parser = results.ArgumentParser("Speed of perplexity, of capturing router signals, and of the journey analyses.")
+    parser.add_argument("what", choices=("eval", "capture", "journeys"), help="what to measure")
     parser.add_argument("--model", default=config.MODEL_NAME, help="blockffn-tiny, a folder or a hub name")
     parser.add_argument("--device", default=config.DEVICE, help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default=config.DTYPE, help="auto, float32, float16 or bfloat16")
@@ -39,17 +42,21 @@ def parse_arguments():
     parser.add_argument(
         "--batch-size", type=int, help="full windows per forward (default: eval the config's, capture 1)"
     )
-    parser.add_argument("--repeats", type=int, help="rounds of both in turns (default: 5 for eval, 31 for capture)")
-    parser.add_argument("--quick", action="store_true", default=config.QUICK, help="4 documents, 3 rounds")
-    parser.add_argument("--seed", type=int, default=config.SEED, help="documents and random tokens")
+    parser.add_argument("--repeats", type=int, help="rounds (default: 5 for eval and journeys, 31 for capture)")
+    parser.add_argument("--journeys", type=int, help="journeys: how many (default: 44283, quick 2000)")
+    parser.add_argument("--no-loops", action="store_true", help="journeys: leave the loops out (for many journeys)")
+    parser.add_argument("--quick", action="store_true", default=config.QUICK, help="less of everything, 3 rounds")
+    parser.add_argument("--seed", type=int, default=config.SEED, help="documents, random tokens and journeys")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.repeats, arguments.documents = arguments.repeats or 3, min(arguments.documents, 4)
     if arguments.repeats is None:
-        arguments.repeats = 5 if arguments.what == "eval" else 31
+        arguments.repeats = 31 if arguments.what == "capture" else 5
+    if arguments.journeys is None:
+        arguments.journeys = 2000 if arguments.quick else 44_283
     if arguments.batch_size is None:
         arguments.batch_size = config.EVAL_BATCH_SIZE if arguments.what == "eval" else 1
-    for name in ("documents", "max_seq_len", "stride", "batch_size", "repeats"):
+    for name in ("documents", "max_seq_len", "stride", "batch_size", "repeats", "journeys"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise results.UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -226,8 +233,139 @@ def benchmark_capture(model, arguments) -> dict:
     }
 
 
+# ---- journeys
+
+
+def random_journeys(count: int, seed: int, num_layers: int = 32, num_experts: int = 8) -> journey_tables.Sample:
+    """Journeys of Mixtral's shape, top 2: an expert follows from the one before it in 4 of 10 layers; two domains."""
+    rng = np.random.default_rng(seed)
+    experts = np.empty((count, num_layers, 2), dtype=np.uint8)
+    gates = np.empty((count, num_layers, 2), dtype=np.float16)
+    column = rng.integers(0, num_experts, count, dtype=np.uint8)
+    for layer in range(num_layers):
+        if layer:
+            follows = rng.permutation(num_experts).astype(np.uint8)[column]
+            drawn = rng.integers(0, num_experts, count, dtype=np.uint8)
+            column = np.where(rng.random(count, dtype=np.float32) < 0.4, follows, drawn)
+        experts[:, layer, 0] = column
+        experts[:, layer, 1] = (column + rng.integers(1, num_experts, count, dtype=np.uint8)) % num_experts
+        gates[:, layer, 0] = 0.5 + 0.5 * rng.random(count, dtype=np.float32)
+        gates[:, layer, 1] = 1 - gates[:, layer, 0].astype(np.float32)
+    length = 135  # tokens of a problem: 44,283 journeys make 328 problems
+    problems = np.arange(count) // length
+    return journey_tables.Sample(
+        experts=experts,
+        gating_probs=gates,
+        num_experts=num_experts,
+        layers=tuple(range(num_layers)),
+        domains=(problems > problems[-1] // 2).astype(np.int64),
+        domain_names=("a", "b"),
+        problem_ids=problems,
+        clusters=problems,
+        token_idx=np.arange(count) % length,
+        tokens=rng.zipf(1.3, count) % 4096,
+        token_ids=np.arange(4096),
+        token_names=tuple(str(token) for token in range(4096)),
+    )
+
+
+def in_arrays(sample: journey_tables.Sample) -> list[np.ndarray]:
+    """Distribution [L, E] in percent, affinity [L, L], hop accuracy [L-1], correlation of ids [L, L]."""
+    counts = journey_measures.expert_counts(sample.experts, sample.num_experts)[:, 0]
+    columns = journey_measures.strongest(sample.experts, sample.num_experts)
+    transitions = journey_measures.transition_counts(columns, sample.num_experts)
+    return [
+        100 * counts / counts.sum(axis=1, keepdims=True),
+        journey_measures.affinity(transitions)["reference"],
+        journey_measures.hop_accuracy(transitions)[0],
+        journey_measures.id_correlation(transitions),
+    ]
+
+
+def in_loops(journeys: list[list[dict]], num_layers: int, num_experts: int) -> list[np.ndarray]:
+    """The same as `in_arrays` the plain way: a journey is a list of one dict per layer, and all loops go over them."""
+    usage = np.zeros((num_layers, num_experts))
+    ids = np.zeros((len(journeys), num_layers))
+    for row, journey in enumerate(journeys):
+        for step in journey:
+            usage[step["layer"], step["experts"][0]] += 1
+            ids[row, step["layer"]] = step["experts"][0]
+
+    def transitions(source: int, target: int) -> np.ndarray:
+        table = np.zeros((num_experts, num_experts))
+        for journey in journeys:
+            table[journey[source]["experts"][0], journey[target]["experts"][0]] += 1
+        return table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+
+    related = np.zeros((num_layers, num_layers))
+    for source in range(num_layers):
+        for target in range(num_layers):
+            if target != source:
+                related[source, target] = transitions(source, target).max(axis=1).mean()
+    accuracy = []
+    for hop in range(1, num_layers):
+        right = tried = 0
+        for source in range(num_layers - hop):
+            best = transitions(source, source + hop).argmax(axis=1)
+            for journey in journeys:
+                right += best[journey[source]["experts"][0]] == journey[source + hop]["experts"][0]
+                tried += 1
+        accuracy.append(right / tried)
+    return [100 * usage / usage.sum(axis=1, keepdims=True), related, np.array(accuracy), np.corrcoef(ids.T)]
+
+
+def benchmark_journeys(arguments) -> dict:
+    """Seconds of the same four analyses in arrays (median) and in loops (once), and of everything that 09 computes."""
+    sample = random_journeys(arguments.journeys, arguments.seed)
+    device = torch.device("cpu")
+    reset_peak_memory(device)
+    in_arrays(sample)  # warm-up
+    seconds = float(np.median([clock(device, lambda: in_arrays(sample)) for _ in range(arguments.repeats)]))
+    whole = clock(device, lambda: journey_tables.analyze(sample, journey_tables.Settings(seed=arguments.seed)))
+    figures = {
+        "journeys": arguments.journeys,
+        "layers": len(sample.layers),
+        "experts": sample.num_experts,
+        "seconds": seconds,
+        "analysis_seconds": whole,
+        "memory_gb": peak_memory_gb(device),
+    }
+    if arguments.no_loops:
+        return figures
+    journeys = [
+        [{"layer": layer, "experts": pair} for layer, pair in enumerate(journey)] for journey in sample.experts.tolist()
+    ]
+    looped = []
+    loop_seconds = clock(device, lambda: looped.extend(in_loops(journeys, len(sample.layers), sample.num_experts)))
+    differences = [np.abs(a - b).max() for a, b in zip(in_arrays(sample), looped, strict=True)]
+    return figures | {
+        "loop_seconds": loop_seconds,
+        "speedup": loop_seconds / seconds,
+        "largest_difference": float(max(differences)),
+    }
+
+
+def report(figures: dict) -> None:
+    """The JSON line, numbers to 5 digits."""
+    rounded = {
+        name: [float(f"{v:.5g}") for v in value] if isinstance(value, list) else value
+        for name, value in figures.items()
+    }
+    print("no files written")
+    print(json.dumps({name: float(f"{v:.5g}") if isinstance(v, float) else v for name, v in rounded.items()}))
+
+
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.what == "journeys":
+        figures = benchmark_journeys(arguments)
+        print(
+            f"distribution, affinity, hops, correlation of {figures['journeys']:,} journeys: {figures['seconds']:.2f} s"
+            + (f", {figures['speedup']:,.0f} times less than in loops" if "speedup" in figures else "")
+            + f"; everything that 09 computes: {figures['analysis_seconds']:.2f} s"
+        )
+        report({"benchmark": arguments.what, "repeats": arguments.repeats} | figures)
+        return
     model, tokenizer = load_model(
         arguments.model,
         arguments.device,
@@ -255,13 +393,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "repeats": arguments.repeats,
     }
-    print("no files written")
-    rounded = {
-        name: [float(f"{v:.5g}") for v in value] if isinstance(value, list) else value
-        for name, value in figures.items()
-    }
-    rounded = {name: float(f"{v:.5g}") if isinstance(v, float) else v for name, v in rounded.items()}
-    print(json.dumps(common | rounded))
+    report(common | figures)
 
 
 if __name__ == "__main__":
