@@ -578,7 +578,7 @@ def train(args):
     started = last_saved = time.time()
     first_tokens = tokens
     log = open(log_file, "a", newline="")
-    writer = csv.writer(log)
+    writer = csv.writer(log, lineterminator="\n")
     if log.tell() == 0:
         columns = ["step", "tokens", "phase", "nll", *weights, "gradient_norm", "learning_rate", *PROBES]
         writer.writerow([*columns, "valid_prose", "valid_code", "valid_math", "tokens_per_second"])
