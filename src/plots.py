@@ -87,14 +87,14 @@ def save_figure(figure, path, dpi=150):
 def plain(text, width=None):
     """Text safe to print in a figure: `$` escaped, line breaks and control characters visible, cut to `width`."""
     shown = "".join(
-        {"\n": "↵", "\t": "⇥", "\r": "␍"}.get(c, c if unicodedata.category(c)[0] != "C" else "�") for c in str(text)
+        {"\n": "↵", "\t": "⇥", "\r": "⇤"}.get(c, c if unicodedata.category(c)[0] != "C" else "�") for c in str(text)
     )
     if width is not None and len(shown) > width:
         shown = shown[: width - 1].rstrip() + "…"
     return shown.replace("$", r"\$")
 
 
-def _figure(width, height, rows=1, columns=1, **gridspec):
+def new_figure(width, height, rows=1, columns=1, **gridspec):
     """Figure and axes outside pyplot's registry: nothing to close, nothing shown by itself."""
     figure = Figure(figsize=(width, height), layout="constrained")
     with sns.axes_style("whitegrid"):
@@ -125,7 +125,7 @@ def plot_overall_sparsity(routing):
     """Bar per prompt: its mean sparsity over all layers and tokens. `routing`: routing_signals.json as a dict."""
     prompts = routing["prompts"]
     values = [prompt["overall_sparsity"] for prompt in prompts]
-    figure, axes = _figure(8, 1.2 + 0.38 * len(prompts))
+    figure, axes = new_figure(8, 1.2 + 0.38 * len(prompts))
     axes.barh(range(len(prompts)), values, color=COLOURS["routing_hard"], height=0.7)
     for row, value in enumerate(values):
         axes.text(value + 0.01, row, f"{value:.3f}", va="center", fontsize=9)
@@ -143,7 +143,7 @@ def plot_sparsity_heatmap(routing):
     prompts, layers = routing["prompts"], _layers(routing)
     values = np.stack([_per_layer(prompt) for prompt in prompts])  # [prompts, L]
     height = 0.4 * len(prompts)
-    figure, (top, bottom) = _figure(
+    figure, (top, bottom) = new_figure(
         max(8.0, 3.5 + 0.5 * len(layers)), 3.6 + height, 2, 1, height_ratios=[max(height, 1.2), 2.0]
     )
     sns.heatmap(
@@ -154,7 +154,7 @@ def plot_sparsity_heatmap(routing):
         fmt=".2f",
         annot_kws={"fontsize": 8},
         cbar_kws={"label": "sparsity"},
-        xticklabels=_sparse_labels(layers, 32),
+        xticklabels=sparse_labels(layers, 32),
         yticklabels=[plain(prompt["prompt"], 36) for prompt in prompts],
     )
     top.tick_params(axis="x", rotation=0)
@@ -171,7 +171,7 @@ def plot_sparsity_heatmap(routing):
     return figure
 
 
-def _sparse_labels(values, most):
+def sparse_labels(values, most):
     """Tick labels with at most about `most` of them printed, the others empty."""
     step = max(1, math.ceil(len(values) / most))
     return [str(value) if index % step == 0 else "" for index, value in enumerate(values)]
@@ -258,13 +258,13 @@ def plot_token_heatmap(prompt, most_tokens=64):
     """Heat map layer x token of one prompt's sparsity; the first `most_tokens` tokens, so that labels stay legible."""
     values = np.asarray(prompt["per_token_sparsity"], dtype=float)[:, :most_tokens]  # [L, T]
     layers, count = values.shape
-    figure, axes = _figure(max(7.0, 2.2 + 0.22 * count), 2.2 + 0.24 * layers)
+    figure, axes = new_figure(max(7.0, 2.2 + 0.22 * count), 2.2 + 0.24 * layers)
     sns.heatmap(
         values, ax=axes, cmap=SPARSITY_MAP, cbar_kws={"label": "sparsity"}, xticklabels=False, yticklabels=False
     )
     axes.set_xticks(np.arange(count) + 0.5, [plain(token, 12) for token in prompt["tokens"][:count]], rotation=90)
     axes.tick_params(axis="x", labelsize=8)
-    axes.set_yticks(np.arange(layers) + 0.5, _sparse_labels(range(layers), 16), rotation=0)
+    axes.set_yticks(np.arange(layers) + 0.5, sparse_labels(range(layers), 16), rotation=0)
     axes.set_xlabel("token")
     axes.set_ylabel("layer")
     cut = f" (first {count} of {len(prompt['tokens'])} tokens)" if count < len(prompt["tokens"]) else ""
@@ -290,7 +290,7 @@ def extreme_tokens(routing, count=12):
 
 def plot_extreme_tokens(routing, count=12):
     """Two panels of bars: the most and the least sparse tokens of the prompts, each with the text before it."""
-    figure, panels = _figure(11, 1.4 + 0.28 * count, 1, 2)
+    figure, panels = new_figure(11, 1.4 + 0.28 * count, 1, 2)
     titles = ("Most sparse (few experts)", "Least sparse (many experts)")
     for axes, table, title, colour in zip(
         panels, extreme_tokens(routing, count), titles, (COLOURS["fixed"], COLOURS["routing_hard"]), strict=True
@@ -313,7 +313,7 @@ def plot_extreme_tokens(routing, count=12):
 
 def plot_text_sparsity(by_layer):
     """TLS and CLS_k per layer of the evaluation text (bars: 95 %, documents). `by_layer`: routing_by_layer.csv."""
-    figure, axes = _figure(8, 4.2)
+    figure, axes = new_figure(8, 4.2)
     chunks = sorted(int(column[4:]) for column in by_layer if column.startswith("cls_") and column[4:].isdigit())
     names = ["tls", *(f"cls_{chunk}" for chunk in chunks)]
     colours = sns.color_palette("cividis", len(names))
@@ -340,7 +340,7 @@ def plot_token_kinds(by_kind):
     table = by_kind.assign(layer=by_kind["layer"].astype(int)).pivot(index="kind", columns="layer", values="sparsity")
     table = table.loc[table.mean(axis=1).sort_values(ascending=False).index]
     tokens = by_kind.groupby("kind")["tokens"].max()
-    figure, axes = _figure(max(7.5, 3.2 + 0.5 * table.shape[1]), 1.5 + 0.36 * len(table))
+    figure, axes = new_figure(max(7.5, 3.2 + 0.5 * table.shape[1]), 1.5 + 0.36 * len(table))
     sns.heatmap(
         table,
         ax=axes,
@@ -349,7 +349,7 @@ def plot_token_kinds(by_kind):
         fmt=".2f",
         annot_kws={"fontsize": 8},
         cbar_kws={"label": "sparsity"},
-        xticklabels=_sparse_labels(list(table.columns), 32),
+        xticklabels=sparse_labels(list(table.columns), 32),
         yticklabels=[f"{kind} ({tokens[kind]:,})" for kind in table.index],
     )
     axes.tick_params(axis="both", rotation=0)
@@ -380,7 +380,7 @@ def plot_alpha_sweep(sweep, untrained=None):
     """Delta NLL with 95 % intervals (left) and perplexity (right) against alpha; distilled sidecars, and the untrained
     control where given. `sweep`, `untrained`: alpha_sweep_results.csv and alpha_sweep_untrained.csv as DataFrames."""
     baseline, rows = alpha_rows(sweep)
-    figure, (left, right) = _figure(11, 4.2, 1, 2)
+    figure, (left, right) = new_figure(11, 4.2, 1, 2)
     series = [("distilled sidecars", rows, COLOURS["routing_hard"], "o", "-")]
     if untrained is not None:
         series.append(("untrained sidecars (control)", alpha_rows(untrained)[1], COLOURS["untrained"], "X", "--"))
@@ -419,7 +419,7 @@ def plot_alpha_sweep(sweep, untrained=None):
 def plot_alpha_domains(domains):
     """Delta NLL against alpha per domain with 95 % intervals. `domains`: alpha_sweep_domains.csv. An interval that
     spans sections of one work only is drawn thin and named so."""
-    figure, axes = _figure(7.5, 4.2)
+    figure, axes = new_figure(7.5, 4.2)
     palette = sns.color_palette("colorblind")
     for index, (domain, data) in enumerate(domains.groupby("domain", sort=True)):
         rows = alpha_rows(data)[1]
@@ -456,7 +456,7 @@ def plot_layer_replacement(replacement):
     # one text line per row, more for combinations that wrap
     heights = [label.count("\n") + 1 for label in labels]
     positions = np.cumsum(heights) - np.array(heights) / 2 + (np.arange(len(labels)) >= len(single)) * 0.6
-    figure, axes = _figure(8.5, 1.6 + 0.27 * (sum(heights) + 0.6))
+    figure, axes = new_figure(8.5, 1.6 + 0.27 * (sum(heights) + 0.6))
     axes.barh(positions, centre, color=colours, height=0.7)
     axes.errorbar(centre, positions, xerr=errors, fmt="none", ecolor="black", capsize=2.5, lw=1)
     reach = max(float(np.max(rows["ci_high"])), 1e-9)
@@ -510,7 +510,7 @@ def plot_gates(gated):
     shown = rows[~_is_variant(rows) & ~extra]
     kinds = [kind for kind in LABELS if kind in set(rows["kind"])]
     against = rows[rows["vs_random"].notna()]
-    figure, (left, right) = _figure(12.5, max(4.6, 1.5 + 0.27 * len(against)), 1, 2, width_ratios=[1, 1.05])
+    figure, (left, right) = new_figure(12.5, max(4.6, 1.5 + 0.27 * len(against)), 1, 2, width_ratios=[1, 1.05])
     offsets = np.linspace(-0.02, 0.02, max(len(kinds), 2))
     for kind, offset in zip(kinds, offsets, strict=False):
         data = shown[shown["kind"] == kind].sort_values("share_realised")
@@ -549,7 +549,7 @@ def plot_cost(gated, sweep=None):
     rows = gated[~_is_variant(gated)].reset_index(drop=True)
     kinds = [gate_kind(mode) for mode in rows["mode"]]
     panels = 4 if sweep is not None else 3
-    figure, axes = _figure(4.0 * panels - 0.5 + 1.0, 1.4 + 0.27 * len(rows), 1, panels)
+    figure, axes = new_figure(4.0 * panels - 0.5 + 1.0, 1.4 + 0.27 * len(rows), 1, panels)
     y = np.arange(len(rows))
     colours = [COLOURS[kind] for kind in kinds]
     axes[0].barh(y - 0.19, rows["flops_ideal"] / 1e6, height=0.36, color=colours)
