@@ -198,7 +198,7 @@ def main() -> None:
     written = [write(folder / name, content, meta) for name, content in files.items()]
     show(files)
     print(f"\n{len(files)} analyses in {seconds:.1f} s\nwritten:", *(f"  {path}" for path in written), sep="\n")
-    print(f"next: python scripts/10_predict_experts.py --model {arguments.model}")
+    print("next: jupyter lab notebooks/moe_routing_analysis.ipynb")
 
 
 if __name__ == "__main__":

@@ -481,7 +481,7 @@ def test_agrees_with_loops_over_the_first_files_of_each_folder(root, tmp_path, c
     limit = 70
     folder = script(root, tmp_path, "--limit", limit, "--low-accuracy-percent", 62)
     shown = capsys.readouterr().out
-    assert "findings.json" in shown and "next: python scripts/10_predict_experts.py --model some/model" in shown
+    assert "findings.json" in shown and "next: jupyter lab notebooks/moe_routing_analysis.ipynb" in shown
     code, maths = (records_of(root / f"{name}_tokens", limit) for name in ("humaneval", "gsm8k"))
     everything = code + maths
     experts = np.array([[step["experts"][0] for step in journey] for journey in everything])
