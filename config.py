@@ -120,8 +120,15 @@ QUICK_PROMPTS = 2  # prompts that are generated from
 QUICK = os.environ.get("BLOCKFFN_QUICK", "0") not in ("", "0")
 # Root of all results; a relative BLOCKFFN_OUTPUT_DIR is relative to this file.
 OUTPUT_DIR = _ROOT / (os.environ.get("BLOCKFFN_OUTPUT_DIR") or "outputs")
-# This model's results: the same rule as results.model_slug and results.output_dir (tested).
-MODEL_SLUG = re.sub(r"[^A-Za-z0-9._-]+", "-", MODEL_NAME).strip("-._") or "model"
+
+
+def _slug(name: str) -> str:
+    """The folder name of a model: the same rule as results.model_slug (tested; config imports nothing of the repo)."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "model"
+
+
+# This model's results, as results.output_dir says.
+MODEL_SLUG = _slug(MODEL_NAME)
 MODEL_OUTPUT_DIR = OUTPUT_DIR / (MODEL_SLUG + ("-quick" if QUICK else ""))
 MODEL_INFO_PATH = MODEL_OUTPUT_DIR / "model_info.json"
 ROUTING_SIGNALS_PATH = MODEL_OUTPUT_DIR / "routing_signals.json"
@@ -132,8 +139,8 @@ GATED_HYBRID_RESULTS_PATH = MODEL_OUTPUT_DIR / "gated_hybrid_results.csv"
 VERDICT_PATH = MODEL_OUTPUT_DIR / "verdict.json"
 
 # --- Journeys (08-10) ----------------------------------------------------------------------------------------------
-# The mixture-of-experts model whose routing is studied: `mixtral-tiny` (ships in assets/), a folder, or a hub name.
-JOURNEY_MODEL = os.environ.get("BLOCKFFN_JOURNEY_MODEL") or "mixtral-tiny"
+# The model whose routing is studied: `blockffn-tiny`, or the folder or hub name of any mixture of experts.
+JOURNEY_MODEL = os.environ.get("BLOCKFFN_JOURNEY_MODEL") or "blockffn-tiny"
 # Data sets that 08 collects; domains are compared in this order.
 JOURNEY_DATASETS = ["humaneval", "gsm8k"]
 JOURNEY_PROBLEMS = 200  # problems of each data set (HumanEval has 164)
@@ -149,8 +156,4 @@ JOURNEY_STRONG_PERCENT = 30.0  # probability above which a transition is listed
 JOURNEY_LOW_ACCURACY_PERCENT = 15.0  # accuracy under which looking further ahead counts as lost
 JOURNEY_DOMAIN_PERCENT = 5.0  # percentage points of usage above which an expert is specific to a domain
 # The journeys, and what 09 makes of them: the same rule as above.
-JOURNEYS_DIR = (
-    OUTPUT_DIR
-    / ((re.sub(r"[^A-Za-z0-9._-]+", "-", JOURNEY_MODEL).strip("-._") or "model") + ("-quick" if QUICK else ""))
-    / "journeys"
-)
+JOURNEYS_DIR = OUTPUT_DIR / (_slug(JOURNEY_MODEL) + ("-quick" if QUICK else "")) / "journeys"

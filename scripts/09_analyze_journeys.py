@@ -26,7 +26,10 @@ IMPORT_FLAGS = ("limit", "strict", "num_experts")
 
 def parse_arguments():
     parser = results.ArgumentParser("What a model's token journeys say.")
-    parser.add_argument("--model", default=config.JOURNEY_MODEL, help="whose journeys: names the results' folder")
+    parser.add_argument(
+        "--model",
+        help=f"whose journeys: names the results' folder ({config.JOURNEY_MODEL}, or the name of --input)",
+    )
     parser.add_argument(
         "--input",
         type=Path,
@@ -53,6 +56,9 @@ def parse_arguments():
     parser.add_argument("--seed", type=int, default=config.SEED, help="folds, permutations and bootstrap")
     parser.add_argument("--output-dir", type=Path, default=config.OUTPUT_DIR, help="root of the results")
     arguments = parser.parse_args()
+    if arguments.model is None:
+        # records of some other model must not be filed under the default one
+        arguments.model = arguments.input.resolve().stem if arguments.input else config.JOURNEY_MODEL
     limits = dict.fromkeys(("limit", "num_experts", "permutations", "resamples", "top", "top_tokens"), 1)
     for name, least in (limits | {"folds": 2, "seed": 0}).items():
         value = getattr(arguments, name)

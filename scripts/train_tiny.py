@@ -39,7 +39,6 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
 )
-from transformers.integrations.moe import ExpertsInterface
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,6 +229,8 @@ def chunk_sparsification_loss(router_logits, chunk=64):
 # ---------------------------------------------------------------- training
 
 
+# transformers' default, grouped matrix products, is many times slower on a CPU
+CPU_EXPERTS = "eager"
 ROPE = {"rope_type": "default", "rope_theta": 500_000.0}
 
 
@@ -364,30 +365,6 @@ def blocked_causal_attention(
 
 
 AttentionInterface.register("blocked_causal", blocked_causal_attention)
-
-
-def sorted_experts(module, hidden_states, top_k_index, top_k_weights):
-    """Mixtral's experts with the (token, choice) pairs sorted by expert: each expert multiplies one contiguous block.
-
-    The same function as transformers' own `eager` experts, which gathers and scatters per expert, and faster on a CPU.
-    hidden_states [N, D], top_k_index and top_k_weights [N, K]; returns [N, D].
-    """
-    tokens, choices = top_k_index.shape
-    flat = top_k_index.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=module.num_experts).tolist()
-    if torch.is_autocast_enabled(hidden_states.device.type):
-        hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
-    rows = hidden_states.index_select(0, order // choices).split(counts)
-    outputs = []
-    for part, gate_up, down in zip(rows, module.gate_up_proj.unbind(), module.down_proj.unbind(), strict=True):
-        gate, up = F.linear(part, gate_up).chunk(2, dim=-1)
-        outputs.append(F.linear(module.act_fn(gate) * up, down))
-    chosen = torch.cat(outputs).index_select(0, order.argsort()).unflatten(0, (tokens, choices))
-    return (chosen * top_k_weights.unsqueeze(-1).to(chosen.dtype)).sum(1)
-
-
-ExpertsInterface.register("sorted", sorted_experts)
 
 
 def decoder_layer(layer, hidden, cos, sin, same_document):
@@ -569,7 +546,7 @@ def train(args):
         model.set_attn_implementation("blocked_causal")
     objective, layer_fn, head_fn = losses, decoder_layer, head_loss
     if args.arch == "mixtral":
-        model.set_experts_implementation("sorted")
+        model.set_experts_implementation(CPU_EXPERTS)
         objective, layer_fn = mixtral_losses, mixtral_mixer
     if args.compile:
         layer_fn, head_fn = torch.compile(layer_fn, dynamic=False), torch.compile(head_fn, dynamic=False)
@@ -776,7 +753,7 @@ def evaluate(args):
     tokenizer = AutoTokenizer.from_pretrained(args.assets)
     if args.arch == "mixtral":
         model = MixtralForCausalLM.from_pretrained(args.assets, dtype=torch.float32).eval()
-        model.set_experts_implementation("sorted")
+        model.set_experts_implementation(CPU_EXPERTS)
         load = expert_load(model, args.cache, args.rows)
         result = {
             "smallest_expert_share": round(float(load.min()), 4),

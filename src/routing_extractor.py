@@ -44,7 +44,23 @@ class TopK:
     num_experts: int
 
 
-class RoutingExtractor:
+class _HookHolder:
+    """Removes the hooks of a subclass at the end of a `with`, by `close()`, or with the last reference to it."""
+
+    _finalizer: weakref.finalize
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def close(self) -> None:
+        """Remove the hooks; harmless when done twice."""
+        self._finalizer()
+
+
+class RoutingExtractor(_HookHolder):
     """Captures every layer's router activations, the output of `router_act_fn`, at each forward.
 
     On a model with top-k softmax routers the signal is the raw softmax over all experts, float32. Layers without a
@@ -79,16 +95,6 @@ class RoutingExtractor:
             handles.append(found.router.register_forward_hook(_noting_softmax(layer, found.index, pending)))
             handles.append(found.block.register_forward_hook(_committing_rows(layer, pending, captured, on_layer)))
         self._finalizer = weakref.finalize(self, _remove, handles)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.close()
-
-    def close(self) -> None:
-        """Remove the hooks; harmless when done twice."""
-        self._finalizer()
 
     def clear(self) -> None:
         """Forget what was captured."""
@@ -134,7 +140,7 @@ class RoutingExtractor:
         }
 
 
-class TopKExtractor:
+class TopKExtractor(_HookHolder):
     """Captures which K experts every token uses at each layer, and how strongly, at each forward: [B, T, K] per layer.
 
         with TopKExtractor(model) as extractor:
@@ -177,16 +183,6 @@ class TopKExtractor:
             handles.append(found.router.register_forward_hook(note))
             handles.append(found.block.register_forward_hook(_committing_choice(layer, pending, chosen)))
         self._finalizer = weakref.finalize(self, _remove, handles)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.close()
-
-    def close(self) -> None:
-        """Remove the hooks; harmless when done twice."""
-        self._finalizer()
 
     def get_top_k(self) -> TopK:
         """Experts and gate probabilities of the last forward, all layers on the device of the first.

@@ -190,7 +190,7 @@ FIGURES = {
 
 def _drawn_texts(figure):
     """Every visible string of a figure with its pixel box."""
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     found = []
     for text in figure.findobj(lambda artist: hasattr(artist, "get_window_extent") and hasattr(artist, "get_text")):
         if text.get_visible() and text.get_text().strip():
@@ -215,7 +215,7 @@ def test_figure_renders_without_a_warning_and_names_axes(name, tmp_path):
 @pytest.mark.parametrize("name", FIGURES)
 def test_no_tick_labels_overlap(name):
     figure = FIGURES[name]()
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     for axes in figure.axes:
         if not axes.axison:
             continue
@@ -229,7 +229,7 @@ def test_no_tick_labels_overlap(name):
 
 def test_dollar_signs_are_printed_not_typeset():
     figure = plots.plot_overall_sparsity(routing_signals())
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     label = next(t for t in figure.axes[0].get_yticklabels() if "ticket" in t.get_text())
     text, is_mathematics = label._preprocess_math(label.get_text())
     assert is_mathematics is False

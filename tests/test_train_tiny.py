@@ -96,20 +96,8 @@ def test_context_gain_of_a_model_without_attention_is_zero(model, tmp_path):
 def mixtral():
     torch.manual_seed(1)
     config = train_tiny.tiny_mixtral_config(num_layers=3)
-    config._experts_implementation = "eager"
+    config._experts_implementation = train_tiny.CPU_EXPERTS
     return train_tiny.MixtralForCausalLM(config).eval()
-
-
-def test_sorted_experts_are_transformers_own(mixtral):
-    experts = mixtral.model.layers[0].mlp.experts
-    generator = torch.Generator().manual_seed(7)
-    hidden = torch.randn(50, 128, generator=generator)
-    # expert 3 gets nothing, expert 0 is everybody's first choice
-    chosen = torch.stack([torch.zeros(50, dtype=torch.long), torch.randint(4, 8, (50,), generator=generator)], dim=1)
-    weights = torch.rand(50, 2, generator=generator)
-    torch.testing.assert_close(
-        train_tiny.sorted_experts(experts, hidden, chosen, weights), experts(hidden, chosen, weights)
-    )
 
 
 def test_mixtral_training_forward_is_the_models_own(mixtral):
@@ -120,12 +108,8 @@ def test_mixtral_training_forward_is_the_models_own(mixtral):
     nll_expected.backward()
     gradients = {name: p.grad.clone() for name, p in mixtral.named_parameters()}
     mixtral.zero_grad()
-    mixtral.set_experts_implementation("sorted")
-    try:
-        nll, balancing, smallest = train_tiny.mixtral_losses(mixtral, ids)
-        nll.backward()
-    finally:
-        mixtral.set_experts_implementation("eager")
+    nll, balancing, smallest = train_tiny.mixtral_losses(mixtral, ids)
+    nll.backward()
     assert nll.item() == pytest.approx(nll_expected.item(), abs=1e-5)
     for name, parameter in mixtral.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-6)
