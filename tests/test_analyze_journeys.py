@@ -637,9 +637,9 @@ def test_faulty_records_are_reported_and_left_out(root, tmp_path, capsys):
     lines[3] = lines[3][:20]
     np.random.default_rng(0).shuffle(lines)
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    run("--input", tmp_path / "rows.jsonl", "--model", "m", "--output-dir", tmp_path)
+    run("--input", tmp_path / "rows.jsonl", "--output-dir", tmp_path)  # filed under the name of the file
     assert "broken JSON: 1" in capsys.readouterr().err
-    found = json.loads((outputs(tmp_path, "m") / "findings.json").read_text())
+    found = json.loads((outputs(tmp_path, "rows") / "findings.json").read_text())
     assert found["tokens"] == PROBLEMS * LENGTH - 1
 
 
