@@ -60,13 +60,13 @@ GATE_SHARES = [0.25, 0.5, 0.75]
 # The 3B on 12 GB: stage A one layer at a time (DISTILL_BATCH_SIZE 2, DISTILL_SEQ_LEN 512), stage B optional.
 DISTILL_SEQ_LEN = 512  # tokens per training sequence
 DISTILL_BATCH_SIZE = 8 if _TINY else 2  # sequences per step
-DISTILL_STEPS_A = 120 if _TINY else 1000  # optimiser steps per layer
-DISTILL_STEPS_B = 180 if _TINY else 0  # optimiser steps for all target layers together; 0 leaves stage B out
+DISTILL_STEPS_A = 200 if _TINY else 1000  # optimiser steps per layer
+DISTILL_STEPS_B = 500 if _TINY else 0  # optimiser steps for all target layers together; 0 leaves stage B out
 DISTILL_LR_A = 2e-3 if _TINY else 5e-4  # AdamW's peak learning rate
 DISTILL_LR_B = 1e-3 if _TINY else 1e-4
 DISTILL_WARMUP = 0.05  # share of the steps over which the learning rate rises
 DISTILL_WEIGHT_DECAY = 0.01
-DISTILL_TRAIN_WINDOWS = 1024 if _TINY else 2048  # training sequences in the pool that steps draw from
+DISTILL_TRAIN_WINDOWS = 2048  # training sequences in the pool that steps draw from
 DISTILL_VALIDATION_WINDOWS = 16  # sequences behind the validation curve
 
 # --- Text and evaluation -------------------------------------------------------------------------------------------
