@@ -17,6 +17,7 @@ load-balancing loss of the Switch Transformer (arXiv 2101.03961) on every layer 
 import argparse
 import ast
 import csv
+import functools
 import json
 import lzma
 import math
@@ -39,6 +40,7 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -229,8 +231,6 @@ def chunk_sparsification_loss(router_logits, chunk=64):
 # ---------------------------------------------------------------- training
 
 
-# transformers' default, grouped matrix products, is many times slower on a CPU
-CPU_EXPERTS = "eager"
 ROPE = {"rope_type": "default", "rope_theta": 500_000.0}
 
 
@@ -271,6 +271,7 @@ def tiny_mixtral_config(num_layers=32):
         bos_token_id=BOS,
         eos_token_id=EOS,
         rope_parameters=ROPE,
+        initializer_range=0.04,
         tie_word_embeddings=True,
         architectures=["MixtralForCausalLM"],
     )
@@ -365,6 +366,81 @@ def blocked_causal_attention(
 
 
 AttentionInterface.register("blocked_causal", blocked_causal_attention)
+
+
+class ToSlots(torch.autograd.Function):
+    """Rows [T, D] copied to slots [S, D] by gathers in both directions (autograd's own scatter-add is slow on a CPU).
+
+    `source` [S] is the choice (t K + k) in each slot, `slots` [T K] the slot of each choice.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, source, slots, choices):
+        ctx.save_for_backward(slots)
+        ctx.choices = choices
+        return rows.index_select(0, source // choices)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (slots,) = ctx.saved_tensors
+        return gradient.index_select(0, slots).unflatten(0, (-1, ctx.choices)).sum(1), None, None, None
+
+
+class FromSlots(torch.autograd.Function):
+    """Slots [S, D] gathered to choices [T K, D]; no gradient reaches the `empty` slots."""
+
+    @staticmethod
+    def forward(ctx, values, source, slots, empty):
+        ctx.save_for_backward(source, empty)
+        return values.index_select(0, slots)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        source, empty = ctx.saved_tensors
+        return gradient.index_select(0, source).index_fill_(0, empty, 0.0), None, None, None
+
+
+def gated_halves(experts, gate_and_up):
+    """act(gate) * up of [S, 2 F]."""
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return experts.act_fn(gate) * up
+
+
+def weighted_sum(values, weights):
+    """Sum over k of the weighted outputs [T K, D] of each token's experts; weights [T, K]; returns [T, D]."""
+    return (values.unflatten(0, weights.shape) * weights.unsqueeze(-1).to(values.dtype)).sum(1)
+
+
+def padded_experts(experts, hidden, chosen, weights, bucket=128, activate=gated_halves, combine=weighted_sum):
+    """Top-k experts as one matrix product per expert over its own tokens, padded to a multiple of `bucket` rows.
+
+    The same function as transformers' own, for training on a CPU: there, `eager` spends most of a step on compiling
+    bf16 kernels, one for every new number of rows. hidden [T, D]; chosen (expert ids) and weights [T, K]; returns
+    [T, D].
+    """
+    choices, flat = chosen.shape[1], chosen.flatten()
+    counts = torch.bincount(flat, minlength=experts.num_experts)
+    padded = (counts + bucket - 1) // bucket * bucket
+    sizes = padded.tolist()
+    sizes[-1] += flat.numel() // bucket * bucket + (experts.num_experts + 1) * bucket - sum(sizes)  # fixed in all
+    start, first = padded.cumsum(0) - padded, counts.cumsum(0) - counts
+    order = flat.argsort(stable=True)
+    slots = torch.empty_like(order)
+    slots[order] = torch.arange(flat.numel()) + torch.repeat_interleave(start - first, counts)
+    source = order.new_full((sum(sizes),), -1)
+    source[slots] = torch.arange(flat.numel())
+    empty = (source < 0).nonzero().flatten()
+    source = source.clamp(min=0)
+
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+
+    def products(rows, matrices):
+        return torch.cat([part @ matrix.T for part, matrix in zip(rows.split(sizes), matrices.to(dtype), strict=True)])
+
+    rows = ToSlots.apply(hidden.to(dtype), source, slots, choices)
+    inner = activate(experts, products(rows, experts.gate_up_proj))
+    values = FromSlots.apply(products(inner, experts.down_proj), source, slots, empty)
+    return combine(values, weights)
 
 
 def decoder_layer(layer, hidden, cos, sin, same_document):
@@ -468,14 +544,24 @@ PHASES = {
         ("long", math.inf, 1024, 8, 0.1, 1.0, 1.0),
     ],
     "mixtral": [
-        ("short", 12.0, 512, 16, 0.0, 0.0, 0.0),
+        (
+            "start",
+            1.0,
+            256,
+            8,
+            0.0,
+            0.0,
+            0.0,
+        ),  # few tokens a step: 32 layers need many steps to leave the unigram level
+        ("short", 6.0, 256, 16, 0.0, 0.0, 0.0),
+        ("middle", 13.0, 512, 16, 0.0, 0.0, 0.0),
         ("long", math.inf, 1024, 8, 0.0, 0.0, 0.0),
     ],
 }
 # weights of the second and third loss, next to the language-model loss; Mixtral's third is only logged
 AUXILIARY = {
     "blockffn": {"locality": 2e-3, "sparsification": 5e-2},
-    "mixtral": {"load_balancing": 2e-2, "smallest_share": 0.0},
+    "mixtral": {"load_balancing": 0.3, "smallest_share": 0.0},  # about 0.01 for each of the 32 layers
 }
 
 
@@ -546,10 +632,14 @@ def train(args):
         model.set_attn_implementation("blocked_causal")
     objective, layer_fn, head_fn = losses, decoder_layer, head_loss
     if args.arch == "mixtral":
-        model.set_experts_implementation(CPU_EXPERTS)
         objective, layer_fn = mixtral_losses, mixtral_mixer
+    elementwise = {"activate": gated_halves, "combine": weighted_sum}
     if args.compile:
         layer_fn, head_fn = torch.compile(layer_fn, dynamic=False), torch.compile(head_fn, dynamic=False)
+        elementwise = {name: torch.compile(function, dynamic=False) for name, function in elementwise.items()}
+    if args.arch == "mixtral" and device.type == "cpu":
+        ALL_EXPERTS_FUNCTIONS.register("padded", functools.partial(padded_experts, **elementwise))
+        model.set_experts_implementation("padded")
     weights = AUXILIARY[args.arch]
     domains = {name: TextRows(args.cache, name) for name in ("prose", "code", "math")}
     started = last_saved = time.time()
@@ -753,7 +843,7 @@ def evaluate(args):
     tokenizer = AutoTokenizer.from_pretrained(args.assets)
     if args.arch == "mixtral":
         model = MixtralForCausalLM.from_pretrained(args.assets, dtype=torch.float32).eval()
-        model.set_experts_implementation(CPU_EXPERTS)
+        model.set_experts_implementation("eager")
         load = expert_load(model, args.cache, args.rows)
         result = {
             "smallest_expert_share": round(float(load.min()), 4),

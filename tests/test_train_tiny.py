@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,7 @@ def test_context_gain_of_a_model_without_attention_is_zero(model, tmp_path):
 def mixtral():
     torch.manual_seed(1)
     config = train_tiny.tiny_mixtral_config(num_layers=3)
-    config._experts_implementation = train_tiny.CPU_EXPERTS
+    config._experts_implementation = "eager"
     return train_tiny.MixtralForCausalLM(config).eval()
 
 
@@ -121,6 +122,26 @@ def test_mixtral_training_forward_is_the_models_own(mixtral):
         shares += (load / 2).tolist()
     assert balancing.item() == pytest.approx(np.mean(terms), rel=1e-4)
     assert smallest.item() == pytest.approx(min(shares), abs=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 300])
+def test_padded_experts_equal_transformers_own(mixtral, tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    experts = mixtral.model.layers[0].mlp.experts
+    hidden = torch.randn(tokens, 128, generator=generator)
+    chosen = torch.rand(tokens, 6, generator=generator).topk(2).indices  # two experts get no token at all
+    weights = torch.rand(tokens, 2, generator=generator)
+    outputs = []
+    for function in (experts, partial(train_tiny.padded_experts, experts, bucket=16)):
+        mixtral.zero_grad()
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weights)]
+        out = function(leaves[0], chosen, leaves[1])
+        (out * out).sum().backward()
+        gradients = [experts.gate_up_proj.grad.clone(), experts.down_proj.grad.clone()]
+        outputs.append([out.detach(), *(leaf.grad for leaf in leaves), *gradients])
+    for expected, ours in zip(*outputs, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_expert_load_is_a_distribution_over_experts(mixtral, tmp_path):
