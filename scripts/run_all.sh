@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# The whole study: makes the environment if there is none, runs 01-07 in order, executes the notebook.
+# Both studies: makes the environment if there is none, runs 01-07, the journeys' 08 and 09, and both notebooks.
 #
-#   bash scripts/run_all.sh [--quick] [--model NAME] [--output-dir FOLDER] [--seed N] [--device DEVICE]
+#   bash scripts/run_all.sh [--quick] [--model NAME] [--journey-model NAME] [--output-dir FOLDER] [--seed N]
+#                           [--device DEVICE]
 #
-#   --quick        fewer documents and steps, the same path through every script; results in <model>-quick
-#   --model        blockffn-tiny (default), a folder, or a hub name such as SparseLLM/BlockFFN-3B-SFT
-#   --output-dir   root of all results (default: outputs)
-#   --seed         seed of everything that draws (default: config.py)
-#   --device       auto (default), cpu, cuda ...
+#   --quick           fewer documents and steps, the same path through every script; results in <model>-quick
+#   --model           blockffn-tiny (default), a folder, or a hub name such as SparseLLM/BlockFFN-3B-SFT
+#   --journey-model   the mixture of experts of 08 and 09: mixtral-tiny (default), a folder, or a hub name
+#   --output-dir      root of all results (default: outputs)
+#   --seed            seed of everything that draws (default: config.py)
+#   --device          auto (default), cpu, cuda ...
 set -euo pipefail
 caller=$PWD
 export PYTHONNOUSERSITE=1 # a conda environment would otherwise see ~/.local
@@ -23,21 +25,21 @@ die() {
   exit 2
 }
 
-flags=()
+seed=() device=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --quick)
       export BLOCKFFN_QUICK=1
       shift
       ;;
-    --model | --output-dir | --seed | --device)
+    --model | --journey-model | --output-dir | --seed | --device)
       if [ $# -lt 2 ] || [ -z "$2" ]; then die "$1 needs a value (see scripts/run_all.sh --help)"; fi
       value=$2
       case "$1" in
-        --model)
+        --model | --journey-model)
           # A folder is meant from where the caller stands; a name such as org/model stays as it is.
           if [ "$caller" != "$PWD" ] && [ -d "$caller/$value" ]; then value=$caller/$value; fi
-          export BLOCKFFN_MODEL=$value
+          if [ "$1" = --model ]; then export BLOCKFFN_MODEL=$value; else export BLOCKFFN_JOURNEY_MODEL=$value; fi
           ;;
         --output-dir)
           case "$value" in
@@ -45,12 +47,13 @@ while [ $# -gt 0 ]; do
             *) export BLOCKFFN_OUTPUT_DIR=$caller/$value ;;
           esac
           ;;
-        *) flags+=("$1" "$value") ;;
+        --seed) seed+=("$1" "$value") ;;
+        *) device+=("$1" "$value") ;;
       esac
       shift 2
       ;;
     -h | --help)
-      sed -n '2,10s/^# \{0,1\}//p' "scripts/$(basename "${BASH_SOURCE[0]}")"
+      sed -n '2,12s/^# \{0,1\}//p' "scripts/$(basename "${BASH_SOURCE[0]}")"
       exit 0
       ;;
     *) die "unknown argument $1 (see scripts/run_all.sh --help)" ;;
@@ -67,14 +70,17 @@ echo "environment: $python ($((SECONDS - started)) s)"
 # config.py turns the BLOCKFFN_ variables into the paths that the scripts write and the notebook reads.
 settings=$("$python" -c '
 import config
-print(config.MODEL_NAME, config.OUTPUT_DIR, config.MODEL_OUTPUT_DIR, int(config.QUICK), sep="\n")')
+print(config.MODEL_NAME, config.JOURNEY_MODEL, config.OUTPUT_DIR, config.MODEL_OUTPUT_DIR, config.JOURNEYS_DIR,
+      int(config.QUICK), sep="\n")')
 {
   read -r model
+  read -r journey_model
   read -r root
   read -r folder
+  read -r journeys
   read -r quick
 } <<<"$settings"
-flags=(--model "$model" --output-dir "$root" ${flags[@]+"${flags[@]}"})
+flags=(--output-dir "$root" ${seed[@]+"${seed[@]}"})
 if [ "$quick" = 1 ]; then flags+=(--quick); fi
 
 step() { # step NAME COMMAND...: runs it, prints its wall time, stops everything with its name when it fails
@@ -90,22 +96,30 @@ step() { # step NAME COMMAND...: runs it, prints its wall time, stops everything
   echo "--- $name: $((SECONDS - begin)) s"
 }
 
-started=$SECONDS
-for name in "${STEPS[@]}"; do
-  step "$name" "$python" "scripts/$name.py" "${flags[@]}"
-done
+notebook() { # notebook NAME FOLDER REPORT: executes it with the results, and writes it as a web page too
+  step "$1 (notebook)" "$python" -m nbconvert --log-level=WARN --to notebook --execute "notebooks/$1.ipynb" \
+    --ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.timeout=900 \
+    --ExecutePreprocessor.record_timing=False --output-dir "$2" --output "$1.ipynb"
+  step "$3" "$python" -m nbconvert --log-level=WARN --to html "$2/$1.ipynb" --output-dir "$2" --output "$3"
+}
 
-# With the environment's own kernel, its inline figures, and no time stamps in the result.
+# Notebooks: with the environment's own kernel, its inline figures, and no time stamps in the result.
 export JUPYTER_PREFER_ENV_PATH=1
 unset MPLBACKEND
-step "notebook" "$python" -m nbconvert --log-level=WARN --to notebook --execute notebooks/visualize_routing.ipynb \
-  --ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.timeout=900 \
-  --ExecutePreprocessor.record_timing=False --output-dir "$folder" --output visualize_routing.ipynb
-step "report" "$python" -m nbconvert --log-level=WARN --to html "$folder/visualize_routing.ipynb" \
-  --output-dir "$folder" --output report.html
+
+started=$SECONDS
+for name in "${STEPS[@]}"; do
+  step "$name" "$python" "scripts/$name.py" --model "$model" "${flags[@]}" ${device[@]+"${device[@]}"}
+done
+notebook visualize_routing "$folder" report.html
+
+# A store of an earlier run with other settings would stop 08; a whole study means these settings.
+step 08_collect_journeys "$python" scripts/08_collect_journeys.py --model "$journey_model" "${flags[@]}" \
+  ${device[@]+"${device[@]}"} --restart
+step 09_analyze_journeys "$python" scripts/09_analyze_journeys.py --model "$journey_model" "${flags[@]}"
+notebook moe_routing_analysis "$journeys" report.html
 
 echo
-echo "All steps of $model: $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
-echo "Results:  $folder"
-echo "Notebook: $folder/visualize_routing.ipynb"
-echo "Report:   $folder/report.html"
+echo "All steps of $model and $journey_model: $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
+echo "Hybrid study:   $folder (report.html, visualize_routing.ipynb)"
+echo "Journey study:  $journeys (report.html, moe_routing_analysis.ipynb)"

@@ -415,22 +415,24 @@ STEPS = [
     "06_replace_layer",
     "07_gated_hybrid",
 ]
+JOURNEY_STEPS = ["08_collect_journeys", "09_analyze_journeys"]
 STEP = """
 import os, sys, pathlib
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import config
 with open(os.environ["LOG"], "a") as log:
     print(pathlib.Path(__file__).stem, *sys.argv[1:], file=log)
-config.MODEL_OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
+for folder in (config.MODEL_OUTPUT_DIR, config.JOURNEYS_DIR):
+    folder.mkdir(parents=True, exist_ok=True)
 sys.exit(int(os.environ.get("FAIL_" + pathlib.Path(__file__).stem[:2], "0")))
 """
 
 
 @pytest.fixture
 def study(machine):
-    """The run scripts around stand-ins for 01-07, in an environment that is the one the tests run in."""
+    """The run scripts around stand-ins for 01-09, in an environment that is the one the tests run in."""
     machine.put("setup_env.sh", f"#!/bin/bash\necho '{sys.executable}'\n", machine.tree)
-    for name in STEPS:
+    for name in STEPS + JOURNEY_STEPS:
         (machine.tree / "scripts" / f"{name}.py").write_text(STEP)
     return machine
 
@@ -440,7 +442,7 @@ def test_run_all_stops_at_a_failing_step_with_its_name(study):
     assert run.returncode == 2
     assert "03_extract_routing failed with exit code 2" in run.stderr
     assert [line.split()[0] for line in study.take_log()] == STEPS[:3]
-    assert "--- 02_inspect_model: " in run.stdout and "Report:" not in run.stdout
+    assert "--- 02_inspect_model: " in run.stdout and "All steps" not in run.stdout
 
 
 def test_run_all_passes_its_flags_on(study, tmp_path):
@@ -451,7 +453,7 @@ def test_run_all_passes_its_flags_on(study, tmp_path):
         FAIL_07="1",
     )
     assert run.returncode == 1
-    flags = f"--model org/name --output-dir {tmp_path}/results --seed 7 --device cpu --quick"
+    flags = f"--model org/name --output-dir {tmp_path}/results --seed 7 --quick --device cpu"
     assert study.take_log() == [f"{name} {flags}" for name in STEPS]
     assert (tmp_path / "results" / "org-name-quick").is_dir()
 
@@ -469,7 +471,7 @@ def test_run_all_refuses_wrong_arguments_before_doing_anything(study, arguments)
     assert study.take_log() == []
 
 
-def test_run_all_executes_the_notebook_on_the_results_of_this_run(study):
+def test_run_all_executes_both_notebooks_on_the_results_of_this_run(study):
     nbformat = pytest.importorskip("nbformat")
     cells = [
         nbformat.v4.new_code_cell(
@@ -481,17 +483,36 @@ def test_run_all_executes_the_notebook_on_the_results_of_this_run(study):
     (study.tree / "notebooks").mkdir()
     notebook = study.tree / "notebooks" / "visualize_routing.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), notebook)
+    journey_cell = nbformat.v4.new_code_cell(cells[0].source.replace("MODEL_OUTPUT_DIR", "JOURNEYS_DIR"))
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[journey_cell]), study.tree / "notebooks" / "moe_routing_analysis.ipynb"
+    )
     committed = notebook.read_bytes()
     # MPLBACKEND=agg in the caller's shell must not take the figures out of the report.
-    run = study.run("scripts/run_all.sh", "--quick", MPLBACKEND="agg")
+    run = study.run(
+        "scripts/run_all.sh", "--quick", "--journey-model", "org/moe", "--seed", "3", "--device", "cpu",
+        MPLBACKEND="agg",
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    folder = study.tree / "outputs" / "blockffn-tiny-quick"
-    assert run.stdout.splitlines()[-1] == f"Report:   {folder}/report.html"
+    folder, journeys = (study.tree / "outputs" / name for name in ("blockffn-tiny-quick", "org-moe-quick/journeys"))
+    assert [line.split()[1] for line in run.stdout.splitlines() if line.startswith("=== ")] == [
+        *STEPS, "visualize_routing", "report.html", *JOURNEY_STEPS, "moe_routing_analysis", "report.html"
+    ]  # fmt: skip
+    flags = f"--output-dir {study.tree}/outputs --seed 3 --quick"
+    expected = [f"{name} --model blockffn-tiny {flags} --device cpu" for name in STEPS]
+    # 09 runs no model, so it takes no device
+    expected += [f"08_collect_journeys --model org/moe {flags} --device cpu --restart"]
+    expected += [f"09_analyze_journeys --model org/moe {flags}"]
+    assert study.take_log() == expected
     text, figure = nbformat.read(folder / "visualize_routing.ipynb", as_version=4).cells
     assert text.outputs[0].text == f"kernel {sys.executable}\nfolder {folder}\n"
     assert [list(output.get("data", {})) for output in figure.outputs if "image/png" in output.get("data", {})]
     report = (folder / "report.html").read_text(encoding="utf-8")
     assert str(folder) in report and "data:image/png;base64," in report
+    (text,) = nbformat.read(journeys / "moe_routing_analysis.ipynb", as_version=4).cells
+    assert text.outputs[0].text == f"kernel {sys.executable}\nfolder {journeys}\n"
+    assert str(journeys) in (journeys / "report.html").read_text(encoding="utf-8")
+    assert str(journeys) in run.stdout.splitlines()[-1] and str(folder) in run.stdout.splitlines()[-2]
     assert notebook.read_bytes() == committed
     assert not (study.tree / "outputs" / "blockffn-tiny").exists()
 
