@@ -3,15 +3,17 @@ of the journey analyses against plain loops.
 
     python scripts/benchmark.py eval       tokens per second of score_documents, of its matrix products alone, the ratio
     python scripts/benchmark.py capture    a forward with RoutingExtractor against the plain forward
+    python scripts/benchmark.py collect    collecting and storing journeys, as 08 does, against the plain forwards
     python scripts/benchmark.py journeys   distribution, affinity, hops and correlation of random journeys (32 layers,
                                            8 experts) in arrays and in loops over dicts; no model is needed
 
-They measure what they compare in one run (the first two in turns), so that a machine that slows down slows down both,
+They measure what they compare in one run (models in turns), so that a machine that slows down slows down both,
 and print one JSON line at the end. Stop everything else that runs on the machine before believing a figure.
 """
 
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,26 +25,30 @@ from torch import nn
 from tqdm import tqdm
 
 import config
-from src import costs, journey_measures, journey_tables, results, text_data
+from src import costs, journey_collection, journey_measures, journey_tables, journeys, results, text_data
 from src.eval_utils import WindowRef, model_device, peak_memory_gb, reset_peak_memory, score_documents
 from src.model_loading import context_length, load_model, memory_estimate
-from src.routing_extractor import RoutingExtractor
+from src.routing_extractor import RoutingExtractor, TopKExtractor, router_shape
 
 
 def parse_arguments():
     parser = results.ArgumentParser("Speed of perplexity, of capturing router signals, and of the journey analyses.")
-    parser.add_argument("what", choices=("eval", "capture", "journeys"), help="what to measure")
-    parser.add_argument("--model", default=config.MODEL_NAME, help="blockffn-tiny, a folder or a hub name")
+    parser.add_argument("what", choices=("eval", "capture", "collect", "journeys"), help="what to measure")
+    parser.add_argument(
+        "--model", help=f"a shipped name, a folder or a hub name ({config.MODEL_NAME}; collect {config.JOURNEY_MODEL})"
+    )
     parser.add_argument("--device", default=config.DEVICE, help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default=config.DTYPE, help="auto, float32, float16 or bfloat16")
     parser.add_argument("--dataset", default=config.EVAL_DATASET, help="eval: text, as in 05")
-    parser.add_argument("--documents", type=int, default=24, help="eval: evaluation documents to score")
+    parser.add_argument("--documents", type=int, default=24, help="eval: documents to score; collect: problems")
     parser.add_argument("--max-seq-len", type=int, help="tokens per window or forward (default: the config's)")
     parser.add_argument("--stride", type=int, help="eval: tokens between windows (default: the config's)")
     parser.add_argument(
-        "--batch-size", type=int, help="full windows per forward (default: eval the config's, capture 1)"
+        "--batch-size", type=int, help="rows per forward (default: eval the config's, capture 1, collect 8)"
     )
-    parser.add_argument("--repeats", type=int, help="rounds (default: 5 for eval and journeys, 31 for capture)")
+    parser.add_argument(
+        "--repeats", type=int, help="rounds (default: 5 for eval and journeys, 31 for capture, 15 for collect)"
+    )
     parser.add_argument("--journeys", type=int, help="journeys: how many (default: 44283, quick 2000)")
     parser.add_argument("--no-loops", action="store_true", help="journeys: leave the loops out (for many journeys)")
     parser.add_argument("--quick", action="store_true", default=config.QUICK, help="less of everything, 3 rounds")
@@ -51,11 +57,13 @@ def parse_arguments():
     if arguments.quick:
         arguments.repeats, arguments.documents = arguments.repeats or 3, min(arguments.documents, 4)
     if arguments.repeats is None:
-        arguments.repeats = 31 if arguments.what == "capture" else 5
+        arguments.repeats = {"capture": 31, "collect": 15}.get(arguments.what, 5)
     if arguments.journeys is None:
         arguments.journeys = 2000 if arguments.quick else 44_283
     if arguments.batch_size is None:
-        arguments.batch_size = config.EVAL_BATCH_SIZE if arguments.what == "eval" else 1
+        arguments.batch_size = {"eval": config.EVAL_BATCH_SIZE, "collect": 8}.get(arguments.what, 1)
+    if arguments.model is None:
+        arguments.model = config.JOURNEY_MODEL if arguments.what == "collect" else config.MODEL_NAME
     for name in ("documents", "max_seq_len", "stride", "batch_size", "repeats", "journeys"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -189,11 +197,34 @@ def benchmark_eval(model, tokenizer, arguments) -> dict:
     }
 
 
-# ---- capture
+# ---- capture and collect
+
+
+def in_turns(plain, other, repeats: int) -> dict:
+    """Seconds of two runs in turns (A B, B A, ...), each a function that returns its seconds; the ratio is the median
+    over the pairs."""
+    pairs = []
+    with torch.no_grad():
+        plain(), other()  # warm-up
+        for index in tqdm(range(repeats), desc="pairs", file=sys.stderr):
+            if index % 2:
+                second = other()
+                pairs.append((plain(), second))
+            else:
+                pairs.append((plain(), other()))
+    without, captured = np.array(pairs).T
+    low, median, high = np.quantile(captured / without, [0.25, 0.5, 0.75])
+    return {
+        "plain_seconds": np.median(without),
+        "capture_seconds": np.median(captured),
+        "ratio": median,
+        "ratio_quartiles": [low, high],
+        "cost_percent": 100 * (median - 1),
+    }
 
 
 def benchmark_capture(model, arguments) -> dict:
-    """Forwards without and with RoutingExtractor in turns (A B, B A, ...); the ratio is the median over the pairs."""
+    """Forwards without and with RoutingExtractor, in turns."""
     seq_len = arguments.max_seq_len or min(config.MAX_SEQ_LEN, context_length(model))
     device = model_device(model)
     vocab_size = model.get_input_embeddings().weight.shape[0]
@@ -210,27 +241,50 @@ def benchmark_capture(model, arguments) -> dict:
         with RoutingExtractor(model):
             return clock(device, forward)
 
-    pairs = []
-    with torch.no_grad():
-        plain(), capture()  # warm-up
-        for index in tqdm(range(arguments.repeats), desc="pairs", file=sys.stderr):
-            if index % 2:
-                captured = capture()
-                pairs.append((plain(), captured))
-            else:
-                pairs.append((plain(), capture()))
-    without, captured = np.array(pairs).T
-    low, median, high = np.quantile(captured / without, [0.25, 0.5, 0.75])
-    return {
-        "plain_seconds": np.median(without),
-        "capture_seconds": np.median(captured),
-        "ratio": median,
-        "ratio_quartiles": [low, high],
-        "cost_percent": 100 * (median - 1),
+    return in_turns(plain, capture, arguments.repeats) | {
         "tokens": int(input_ids.numel()),
         "max_seq_len": seq_len,
         "batch_size": arguments.batch_size,
     }
+
+
+def benchmark_collect(model, tokenizer, arguments) -> dict:
+    """Plain forwards of HumanEval prompts against what 08 does with them, in turns: the same forwards, left-padded and
+    batched by length, with the routers read, journeys made, and a shard written to a temporary folder."""
+    device, shape = model_device(model), router_shape(model)
+    if device.type == "cpu":
+        model.set_experts_implementation("eager")  # as 08 does
+    problems = journey_collection.load_problems("humaneval", arguments.documents, arguments.seed).problems
+    longest = arguments.max_seq_len or min(config.JOURNEY_MAX_TOKENS, context_length(model))
+    prompts = journey_collection.encode_prompts(tokenizer, problems, longest)
+
+    batches = []
+    rows = sorted(prompts, key=len, reverse=True)
+    for start in range(0, len(rows), arguments.batch_size):
+        part = rows[start : start + arguments.batch_size]
+        ids = torch.tensor([[0] * (len(part[0]) - len(row)) + row for row in part], device=device)
+        real = torch.tensor([[0] * (len(part[0]) - len(row)) + [1] * len(row) for row in part], device=device)
+        batches.append({"input_ids": ids, "attention_mask": real, "position_ids": (real.cumsum(-1) - 1).clamp(min=0)})
+
+    def forwards():
+        for batch in batches:
+            model(**batch, use_cache=False, logits_to_keep=1)
+
+    def plain():
+        return clock(device, forwards)
+
+    def collect(folder: str):
+        with TopKExtractor(model) as extractor:
+            recorded = journey_collection.collect(model, extractor, prompts, batch_size=arguments.batch_size)
+        rows = journey_collection.to_journeys(
+            "humaneval", problems, recorded, tokenizer, arguments.model, shape.layers, shape.num_experts,
+            padded=shape.top_k is None,
+        )  # fmt: skip
+        journeys.write_shard(Path(folder) / journeys.shard_name("humaneval", 0), rows)
+
+    with tempfile.TemporaryDirectory() as folder:
+        figures = in_turns(plain, lambda: clock(device, lambda: collect(folder)), arguments.repeats)
+    return figures | {"tokens": sum(map(len, prompts)), "problems": len(problems), "batch_size": arguments.batch_size}
 
 
 # ---- journeys
@@ -382,6 +436,9 @@ def main() -> None:
             f"perplexity runs at {figures['tokens_per_second']:,.0f} tokens/s; its matrix products alone at "
             f"{figures['matmul_tokens_per_second']:,.0f} tokens/s: {100 * figures['ratio']:.0f} % of what they allow"
         )
+    elif arguments.what == "collect":
+        figures = benchmark_collect(model, tokenizer, arguments)
+        print(f"collecting and storing journeys costs {figures['cost_percent']:+.1f} % of the plain forwards")
     else:
         figures = benchmark_capture(model, arguments)
         print(f"capturing router signals costs {figures['cost_percent']:+.1f} % of a forward")

@@ -389,6 +389,11 @@ def test_benchmark_prints_one_json_line(tmp_path, tokenizer, benchmark):
     figures = json.loads(output.splitlines()[-1])
     assert figures["ratio"] == pytest.approx(figures["capture_seconds"] / figures["plain_seconds"], rel=1e-3)
     assert figures["cost_percent"] == pytest.approx(100 * (figures["ratio"] - 1), abs=0.01) and figures["tokens"] == 48
+    code, output, errors = benchmark("collect", *common, "--documents", 3)
+    assert code == 0, errors
+    figures = json.loads(output.splitlines()[-1])
+    assert figures["problems"] == 3 and 3 < figures["tokens"] <= 3 * 48
+    assert figures["ratio"] == pytest.approx(figures["capture_seconds"] / figures["plain_seconds"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
