@@ -3,6 +3,8 @@
 Runs a model over problems (HumanEval, GSM8K or a file) and stores journeys under outputs/<model>/journeys/store/, with
 a summary in collection.json. A run that was interrupted goes on where it stopped. `--export` writes one file per token
 as well (or `--export rows` one JSONL file); `--import` fills the store from such files instead of running a model.
+`--save-hidden N` keeps what the routers were given for N problems of each data set, and the routers, in hidden/ beside
+the store: 10 predicts experts from it.
 
 Several processes, each with a GPU of its own or all on the CPU, share the problems:
     accelerate launch --multi_gpu --num_processes 2 scripts/08_collect_journeys.py
@@ -11,6 +13,7 @@ Several processes, each with a GPU of its own or all on the CPU, share the probl
 import datetime
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +24,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import config
 from src import journey_collection, journeys, results
@@ -37,7 +40,7 @@ from src.model_loading import (
     resolve_dtype,
     resolve_model_path,
 )
-from src.routing_extractor import TopKExtractor, router_shape
+from src.routing_extractor import RouterShape, TopKExtractor, router_arrays, router_shape
 
 SUMMARY = "collection.json"
 EXPORT_FOLDER, EXPORT_FILE = "routing_data_collected", "routing_rows.jsonl"
@@ -63,6 +66,16 @@ def parse_arguments():
         "--generate", type=int, default=config.JOURNEY_GENERATE, help="tokens generated after each prompt"
     )
     parser.add_argument("--top-k", type=int, help="experts per token of a BlockFFN (default: 8); others have their own")
+    parser.add_argument(
+        "--save-hidden", type=int, metavar="N", help="keep the router inputs of the first N problems of each data set"
+    )
+    parser.add_argument(
+        "--hidden-dtype",
+        choices=("auto", "float16", "float32"),
+        default="auto",
+        help="of router inputs; auto: float32 for a float32 model (float16 would swap experts that are nearly as "
+        "strong), else float16",
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="problems per forward pass")
     parser.add_argument("--shard-problems", type=int, default=16, help="problems per file; what a kill can cost")
     parser.add_argument(
@@ -88,7 +101,7 @@ def parse_arguments():
     if arguments.model is None:
         arguments.model = arguments.import_from.stem if arguments.import_from else config.JOURNEY_MODEL
     for name in ("problems", "max_prompt_tokens", "top_k", "batch_size", "shard_problems", "num_experts",
-                 "tensor_parallel_size"):  # fmt: skip
+                 "tensor_parallel_size", "save_hidden"):  # fmt: skip
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise results.UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -102,6 +115,12 @@ def parse_arguments():
         raise results.UserError("--device-map auto chooses devices itself; leave out --device and --engine vllm")
     if arguments.top_k and arguments.engine == "vllm":
         raise results.UserError("--top-k is for BlockFFN models, which vLLM does not run")
+    if arguments.save_hidden and arguments.engine == "vllm":
+        raise results.UserError("--save-hidden needs --engine transformers: vLLM does not give router inputs")
+    if arguments.save_hidden and arguments.import_from:
+        raise results.UserError("--save-hidden needs a model: records of --import hold no router inputs")
+    if arguments.hidden_dtype != "auto" and not arguments.save_hidden:
+        raise results.UserError(f"--hidden-dtype {arguments.hidden_dtype} is about --save-hidden, which is not given")
     return arguments
 
 
@@ -131,6 +150,9 @@ def load_problem_sets(arguments, store: Path, state: PartialState) -> list[Probl
 
 def run_of(arguments, problem_set: ProblemSet, sha256: str, device: str, dtype: str) -> dict:
     """What the journeys of one data set depend on; a store holds one such run per data set."""
+    hidden_dtype = arguments.hidden_dtype
+    if hidden_dtype == "auto":
+        hidden_dtype = "float32" if dtype == "float32" else "float16"
     return {
         "model_sha256": sha256,
         "data": problem_set.identity(),
@@ -142,11 +164,14 @@ def run_of(arguments, problem_set: ProblemSet, sha256: str, device: str, dtype: 
         "engine": arguments.engine,
         "device": device,
         "dtype": dtype,
+        "save_hidden": arguments.save_hidden,
+        "hidden_dtype": hidden_dtype if arguments.save_hidden else None,
     }
 
 
 def prepare_store(store: Path, name: str, run: dict, restart: bool) -> None:
-    """Remove what a killed run left half-written, and with `restart` all that does not belong to this run.
+    """Remove what a killed run left half-written, and with `restart` all that does not belong to this run; what does
+    belong to it stays, so that run_all.sh goes on where it was stopped.
 
     Raises UserError where the store holds another run of this data set, or any journeys of other weights.
     """
@@ -156,7 +181,8 @@ def prepare_store(store: Path, name: str, run: dict, restart: bool) -> None:
         earlier = journeys.shard_run(shard)
         keys = run if shard in same_data else ["model_sha256"]
         differing = [key for key in keys if earlier.get(key) != run.get(key)]
-        if restart and (differing or shard in same_data):
+        if restart and differing:
+            journeys.hidden_file(shard).unlink(missing_ok=True)
             shard.unlink()
         elif differing:
             raise results.UserError(
@@ -192,8 +218,23 @@ def process_device(arguments, state: PartialState) -> str:
     return arguments.device
 
 
-def make_collector(arguments, path: Path, state: PartialState):
-    """(function from prompts to what was recorded, tokenizer, tokens kept of a prompt, shape of the routers)."""
+@dataclass(frozen=True)
+class Collector:
+    """What runs the model.
+
+    run(prompts, hidden): what was recorded, with router inputs of the first `hidden` prompts. max_tokens: kept of a
+    prompt. routers: the routers themselves, where router inputs are saved.
+    """
+
+    run: Callable[[Sequence[Sequence[int]], int], list[journey_collection.Recorded]]
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+    shape: RouterShape
+    routers: dict[str, np.ndarray] | None = None
+
+
+def make_collector(arguments, path: Path, state: PartialState, hidden_dtype: str | None) -> Collector:
+    """The engine that --engine names; hidden_dtype: of router inputs, None where none are saved."""
     if arguments.engine == "vllm":
         shape, num_layers = journey_collection.declared_routers(path)
         tokenizer = load_tokenizer(path)
@@ -203,10 +244,10 @@ def make_collector(arguments, path: Path, state: PartialState):
             path, arguments.dtype, wanted, arguments.tensor_parallel_size, arguments.seed
         )
 
-        def run(prompts):
+        def run(prompts, hidden):
             return journey_collection.collect_vllm(engine, prompts, arguments.generate, shape.layers, num_layers)
 
-        return run, tokenizer, kept, shape
+        return Collector(run, tokenizer, kept, shape)
     model, tokenizer = load(arguments, path, state)
     shape = router_shape(model)
     room = context_length(model) - arguments.generate
@@ -220,22 +261,32 @@ def make_collector(arguments, path: Path, state: PartialState):
     ends = model.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    extractor = TopKExtractor(model, arguments.top_k)
 
-    def run(prompts):
-        return journey_collection.collect(model, extractor, prompts, arguments.generate, ends, arguments.batch_size)
+    def run(prompts, hidden):
+        input_dtype = getattr(torch, hidden_dtype) if hidden else None
+        with TopKExtractor(model, arguments.top_k, input_dtype) as extractor:
+            return journey_collection.collect(
+                model, extractor, prompts, arguments.generate, ends, arguments.batch_size, hidden
+            )
 
-    return run, tokenizer, min(arguments.max_prompt_tokens or config.JOURNEY_MAX_TOKENS, room), shape
+    kept = min(arguments.max_prompt_tokens or config.JOURNEY_MAX_TOKENS, room)
+    return Collector(run, tokenizer, kept, shape, router_arrays(model) if hidden_dtype else None)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of the store, and the problems and run that it is made from."""
+    """A file of the store and what it is made from: problems, the first `hidden` with router inputs, and the run."""
 
     file: Path
     dataset: str
     problems: list[journey_collection.Problem]
     run: dict
+    hidden: int
+
+    def is_done(self) -> bool:
+        """Whether all its files are there."""
+        beside = [journeys.hidden_file(self.file), journeys.routers_file(self.file.parent)] if self.hidden else []
+        return all(file.exists() for file in (self.file, *beside))
 
 
 def all_shards(problem_sets: list[ProblemSet], runs: list[dict], store: Path, size: int) -> list[Shard]:
@@ -246,6 +297,7 @@ def all_shards(problem_sets: list[ProblemSet], runs: list[dict], store: Path, si
             problem_set.name,
             problem_set.problems[start : start + size],
             run,
+            max((run["save_hidden"] or 0) - start, 0),
         )
         for problem_set, run in zip(problem_sets, runs, strict=True)
         for index, start in enumerate(range(0, len(problem_set.problems), size))
@@ -254,29 +306,45 @@ def all_shards(problem_sets: list[ProblemSet], runs: list[dict], store: Path, si
 
 def collect_shards(arguments, shards: list[Shard], path: Path, state: PartialState) -> None:
     """Collect and write these shards, in order."""
-    collector, tokenizer, max_tokens, shape = make_collector(arguments, path, state)
-    if shape.layers_without_router and state.is_main_process:
-        print(f"layers without a router, left out: {', '.join(map(str, shape.layers_without_router))}")
+    collector = make_collector(arguments, path, state, shards[0].run["hidden_dtype"])
+    without_router = collector.shape.layers_without_router
+    if without_router and state.is_main_process:
+        print(f"layers without a router, left out: {', '.join(map(str, without_router))}")
     clock, tokens = time.perf_counter(), 0
     total = sum(len(shard.problems) for shard in shards)
     with tqdm(total=total, desc="collect", unit="problem", delay=3, disable=not state.is_main_process) as bar:
         for shard in shards:
-            prompts = journey_collection.encode_prompts(tokenizer, shard.problems, max_tokens)
-            rows = journey_collection.to_journeys(
-                shard.dataset,
-                shard.problems,
-                collector(prompts),
-                tokenizer,
-                str(arguments.model),
-                shape.layers,
-                shape.num_experts,
-                padded=shape.top_k is None,
-            )
-            journeys.write_shard(shard.file, rows, shard.run | {"layers_without_router": shape.layers_without_router})
-            tokens += len(rows)
+            tokens += collect_shard(arguments, collector, shard, state.is_main_process and shard is shards[0])
             bar.update(len(shard.problems))
     seconds = time.perf_counter() - clock
     print(f"{tokens:,} journeys in {seconds:.1f} s ({tokens / seconds:,.0f} per second)", flush=True)
+
+
+def collect_shard(arguments, collector: Collector, shard: Shard, with_routers: bool) -> int:
+    """Collect and write one shard, and the routers where asked; returns its journeys."""
+    shape, started = collector.shape, time.time()
+    prompts = journey_collection.encode_prompts(collector.tokenizer, shard.problems, collector.max_tokens)
+    recorded = collector.run(prompts, shard.hidden)
+    # all that a shard needs beside it comes before it, so that what is there is whole
+    if with_routers and collector.routers is not None:
+        model = {"name": str(arguments.model), "sha256": shard.run["model_sha256"]}
+        meta = results.run_meta(vars(arguments), model, None, {}, started, shard.run["device"], shard.run["dtype"])
+        results.write_npz(journeys.routers_file(shard.file.parent), collector.routers, meta)
+    if shard.hidden:
+        states = np.concatenate([entry.router_inputs for entry in recorded[: shard.hidden]])
+        journeys.write_hidden(shard.file, states)
+    rows = journey_collection.to_journeys(
+        shard.dataset,
+        shard.problems,
+        recorded,
+        collector.tokenizer,
+        str(arguments.model),
+        shape.layers,
+        shape.num_experts,
+        padded=shape.top_k is None,
+    )
+    journeys.write_shard(shard.file, rows, shard.run | {"layers_without_router": shape.layers_without_router})
+    return len(rows)
 
 
 def import_records(arguments, store: Path) -> None:
@@ -344,7 +412,7 @@ def main() -> None:
                 prepare_store(store, problem_set.name, run, arguments.restart)
         state.wait_for_everyone()
         shards = all_shards(problem_sets, runs, store, arguments.shard_problems)
-        missing = [shard for shard in shards if not shard.file.exists()]
+        missing = [shard for shard in shards if not shard.is_done()]
         state.wait_for_everyone()  # all have looked before anyone writes
         if missing and len(missing) < len(shards) and state.is_main_process:
             print(f"resuming at problem {missing[0].problems[0].id} of {missing[0].dataset}")
@@ -376,6 +444,11 @@ def report(
             f"{entry['problems']:,} problems"
         )
     print(f"{len(stored.layers)} layers, {stored.num_experts} experts, {stored.experts.shape[2]} of them per token")
+    hidden = journeys.read_hidden(store)
+    if hidden is not None:
+        size = sum(part.nbytes for part in hidden.states) / 1e6
+        print(f"router inputs of {len(hidden.rows):,} journeys, {size:,.1f} MB")
+        written.append(journeys.hidden_folder(store))
     print("\nwritten:", *(f"  {path}" for path in written), sep="\n")
     print(f"next: python scripts/09_analyze_journeys.py --model {arguments.model}")
 

@@ -234,13 +234,14 @@ def token_texts(tokenizer, ids: np.ndarray) -> np.ndarray:
 class Recorded:
     """Journeys of one problem: n tokens, of which the first `prompt_length` are the prompt.
 
-    ids [n] int32, experts [n, L, K] int16, gating_probs [n, L, K] float16.
+    ids [n] int32, experts [n, L, K] int16, gating_probs [n, L, K] float16; router_inputs [n, L, D], where kept.
     """
 
     ids: np.ndarray
     prompt_length: int
     experts: np.ndarray
     gating_probs: np.ndarray
+    router_inputs: np.ndarray | None = None
 
 
 def collect(
@@ -250,27 +251,36 @@ def collect(
     generate: int = 0,
     eos_ids: Sequence[int] = (),
     batch_size: int = 8,
+    keep_inputs: int = 0,
 ) -> list[Recorded]:
     """Journeys of prompts, and of up to `generate` tokens that the model goes on with (greedy), in the prompts' order.
 
     extractor: an open TopKExtractor of `model`. A generated token's journey is that of its own forward, so the model
     runs once more than it takes to choose it; an end-of-sequence token ends a problem and has no journey. Prompts are
     batched by length, `batch_size` rows at most: with the same prompts the same batches, hence the same numbers.
+    keep_inputs: of how many prompts, the first ones, router inputs are kept; above 0 the extractor needs `input_dtype`.
     """
     recorded: list[Recorded | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
     with torch.inference_mode():
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = _collect_batch(model, extractor, [prompts[row] for row in rows], generate, eos_ids)
+            kept = [place for place, row in enumerate(rows) if row < keep_inputs]
+            batch = _collect_batch(model, extractor, [prompts[row] for row in rows], generate, eos_ids, kept)
             for row, result in zip(rows, batch, strict=True):
                 recorded[row] = result
     return recorded
 
 
 def _collect_batch(
-    model: nn.Module, extractor: TopKExtractor, prompts: list[Sequence[int]], generate: int, eos_ids: Sequence[int]
+    model: nn.Module,
+    extractor: TopKExtractor,
+    prompts: list[Sequence[int]],
+    generate: int,
+    eos_ids: Sequence[int],
+    kept: list[int],
 ) -> list[Recorded]:
+    """As `collect`; kept: the prompts whose router inputs are."""
     device, longest = model_device(model), max(map(len, prompts))
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     # padding takes a token of the prompt itself, so that every id is in the vocabulary
@@ -281,6 +291,7 @@ def _collect_batch(
     options = _forward_options(model)
     output = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=generate > 0, **options)
     experts, probs = _to_arrays(extractor.get_top_k())  # [B, T, L, K]
+    inputs = [extractor.get_router_inputs()[:, kept]] if kept else []  # of each forward [L, kept, T, D]
     ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
     alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
     steps: list[tuple[torch.Tensor, torch.Tensor, TopK]] = []
@@ -299,7 +310,14 @@ def _collect_batch(
             **options,
         )
         steps.append((chosen, alive, extractor.get_top_k()))
+        if kept:
+            inputs.append(extractor.get_router_inputs()[:, kept])
     generated = _join_steps(steps)
+    router_inputs = {}
+    if kept:
+        joined, is_token = torch.cat(inputs, dim=2), mask.bool().cpu()  # the mask has grown with the tokens
+        for place, row in enumerate(kept):
+            router_inputs[row] = joined[:, place, is_token[row]].transpose(0, 1).contiguous().numpy()
     results = []
     for row, prompt in enumerate(prompts):
         start = longest - len(prompt)
@@ -309,7 +327,7 @@ def _collect_batch(
             ids = np.concatenate([ids, generated[0][row][kept].astype(np.int32)])
             row_experts = np.concatenate([row_experts, generated[2][row][kept]])
             row_probs = np.concatenate([row_probs, generated[3][row][kept]])
-        results.append(Recorded(ids, len(prompt), row_experts, row_probs))
+        results.append(Recorded(ids, len(prompt), row_experts, row_probs, router_inputs.get(row)))
     return results
 
 

@@ -6,19 +6,22 @@ file needs NumPy and pyarrow only; `src/journey_collection.py` makes journeys fr
 The store is a folder of Parquet shards, one row per journey. A shard is written to a temporary file, flushed and
 renamed: it is whole or not there. Columns: dataset, problem_id, token_idx, token_id, token, is_generated, experts
 (fixed-size list of L*K uint8 or int16), gating_probs (fixed-size list of L*K float16). The file's metadata hold model,
-layers, K, E and what the shard was made from.
+layers, K, E and what the shard was made from. Beside the store, `hidden/` may hold what the routers were given for the
+first R journeys of a shard, `<shard>.npy` [R, L, D], and the routers, `routers.npz`; see `read_hidden`.
 
 Records in the wild, one JSON object per (token, layer):
     {"dataset": "gsm8k", "problem_id": 0, "layer": 0, "experts": [7, 0], "gating_probs": [0.8, 0.2], "token_idx": 0}
 either in one file, in any order, or in one file per token, `<dataset>_tokens/p<problem>_token_<idx>.jsonl`.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import zipfile
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -155,24 +158,31 @@ def write_shard(path: str | os.PathLike, journeys: Journeys, run: dict | None = 
     fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
     schema = pa.schema(fields, metadata={_METADATA: json.dumps(metadata, sort_keys=True).encode()})
     table = pa.Table.from_arrays(list(columns.values()), schema=schema)
+    with _whole_file(path) as file:
+        pq.write_table(
+            table,
+            file,
+            compression="zstd",
+            use_dictionary=["dataset", "token"],
+            write_statistics=False,
+            row_group_size=ROWS_PER_GROUP,
+        )
+    return path
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path, mode: str = "wb") -> Iterator:
+    """A file open for writing that takes its place when all is written; nothing is left behind where that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            pq.write_table(
-                table,
-                file,
-                compression="zstd",
-                use_dictionary=["dataset", "token"],
-                write_statistics=False,
-                row_group_size=ROWS_PER_GROUP,
-            )
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path
 
 
 def _fixed_lists(values: np.ndarray, size: int) -> pa.FixedSizeListArray:
@@ -200,8 +210,8 @@ def shards_of(folder: str | os.PathLike, dataset: str) -> list[Path]:
 
 
 def remove_left_overs(folder: str | os.PathLike) -> None:
-    """Delete the temporary files that a killed `write_shard` left in a store."""
-    for file in Path(folder).glob(".*.parquet.*.tmp"):
+    """Delete the temporary files that a killed run left in a store and beside it."""
+    for file in (*Path(folder).glob(".*.parquet.*.tmp"), *hidden_folder(folder).glob(".*.tmp")):
         file.unlink()
 
 
@@ -257,6 +267,101 @@ def read_journeys(path: str | os.PathLike) -> Journeys:
         layers=tuple(shape["layers"]),
         num_experts=shape["num_experts"],
     )
+
+
+# -- router inputs
+@dataclass(frozen=True, eq=False)
+class Hidden:
+    """What the routers were given for R journeys of a store, and the routers.
+
+    Attributes:
+        rows [R] int64: the journeys, as indices into `read_journeys` of the same store, ascending.
+        states: memory-mapped arrays [r, L, D], float16 or float32, R rows in all, in the order of `rows`.
+        weight [L, E, D] float32, scale [L, E] float32, activation: act(x @ weight.T) * scale ranks the experts for a
+            router input x; act is the identity ("softmax") or ReLU ("relu_rms": experts at 0 are inactive).
+    """
+
+    rows: np.ndarray
+    states: list[np.ndarray]
+    weight: np.ndarray
+    activation: str
+    scale: np.ndarray
+
+    def layer(self, place: int) -> np.ndarray:
+        """Router inputs [R, D] float32 of one layer, by its place among the L."""
+        return np.concatenate([part[:, place] for part in self.states], dtype=np.float32)
+
+
+def hidden_folder(store: str | os.PathLike) -> Path:
+    """Where the router inputs of a store (the folder of the shards) are."""
+    return Path(store).absolute().parent / "hidden"
+
+
+def hidden_file(shard: str | os.PathLike) -> Path:
+    """Where the router inputs of a shard are."""
+    return hidden_folder(Path(shard).parent) / f"{Path(shard).stem}.npy"
+
+
+def routers_file(store: str | os.PathLike) -> Path:
+    """Where the routers are (weight, activation and scale, as `Hidden` has them)."""
+    return hidden_folder(store) / "routers.npz"
+
+
+def write_hidden(shard: str | os.PathLike, states: np.ndarray) -> Path:
+    """Write router inputs [R, L, D] of a shard's first R journeys, whole or not at all; done before `write_shard`.
+
+    Raises UserError where some are not finite (beyond the range of float16), and OSError where the disk is full.
+    """
+    if not np.isfinite(states).all():
+        raise UserError(
+            f"router inputs of {Path(shard).stem} are not finite as {states.dtype}; add --hidden-dtype float32"
+        )
+    path = hidden_file(shard)
+    with _whole_file(path) as file:
+        np.lib.format.write_array(file, states, allow_pickle=False)
+    return path
+
+
+def read_hidden(folder: str | os.PathLike) -> Hidden | None:
+    """Router inputs and routers of a store (as for `read_journeys`); None where its runs saved none.
+
+    Raises UserError where a shard's router inputs, or the routers, are missing, damaged or of another shape.
+    """
+    wanted, first = [], 0
+    for shard in shard_files(folder):
+        problems = pq.read_table(shard, columns=["problem_id"])["problem_id"].to_numpy()
+        count = int((problems < (shard_run(shard).get("save_hidden") or 0)).sum())
+        if count:
+            wanted.append((shard, first, count))
+        first += len(problems)
+    if not wanted:
+        return None
+    routers = _load(routers_file(wanted[0][0].parent))
+    num_layers, _, width = routers["weight"].shape
+    states = []
+    for shard, _, count in wanted:
+        part = _load(hidden_file(shard))
+        if part.shape != (count, num_layers, width):
+            raise UserError(
+                f"{hidden_file(shard)} has shape {part.shape}, but {shard.name} needs {(count, num_layers, width)}; "
+                "delete it and run 08 again"
+            )
+        states.append(part)
+    rows = np.concatenate([np.arange(first, first + count) for _, first, count in wanted])
+    return Hidden(rows, states, routers["weight"], str(routers["activation"]), routers["scale"])
+
+
+def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
+    """A .npy, memory-mapped, or all arrays of an .npz."""
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r")
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; run 08 again as before, and it makes what is missing") from error
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged; delete it and run 08 again") from error
 
 
 def _strings(column: pa.ChunkedArray, dtype: type) -> np.ndarray:
@@ -561,17 +666,9 @@ def export_token_files(journeys: Journeys, root: str | os.PathLike) -> list[Path
 def export_rows(journeys: Journeys, path: str | os.PathLike) -> Path:
     """Write all journeys as one JSONL file of (token, layer) rows, journey by journey; whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for _, _, lines in tqdm(_row_lines(journeys), desc=path.name, total=len(journeys), unit="token", delay=3):
-                file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _whole_file(path, "w") as file:
+        for _, _, lines in tqdm(_row_lines(journeys), desc=path.name, total=len(journeys), unit="token", delay=3):
+            file.write(lines)
     return path
 
 

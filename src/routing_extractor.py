@@ -4,7 +4,8 @@ A BlockFFN router gives one activation per expert, exactly zero for inactive one
 models (Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE ...) give logits and run the K strongest experts. Those are found by the
 class that the model itself declares as the source of `output_router_logits`, not by the names of its attributes.
 
-`RoutingExtractor` captures the signal of all E experts, `TopKExtractor` the K strongest with their gate probabilities.
+`RoutingExtractor` captures the signal of all E experts, `TopKExtractor` the K strongest with their gate probabilities,
+and what the routers were given where that is wanted; `router_arrays` are the routers themselves.
 """
 
 import re
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
@@ -147,6 +149,8 @@ class TopKExtractor(_HookHolder):
             model(input_ids)
             top_k = extractor.get_top_k()               # experts and gating_probs [L, B, T, K]
 
+    With `input_dtype` it keeps the routers' inputs too, see `get_router_inputs`.
+
     Top-k softmax routers: the experts that the router itself chose, and the softmax over their logits, which is the
     softmax over all experts renormalised over the chosen (what Mixtral multiplies the experts' outputs by; OLMoE and
     Qwen2-MoE skip the renormalisation unless `norm_topk_prob` is set). BlockFFN: the K largest router activations
@@ -157,16 +161,17 @@ class TopKExtractor(_HookHolder):
     not a top-k softmax router.
     """
 
-    def __init__(self, model: nn.Module, top_k: int | None = None):
+    def __init__(self, model: nn.Module, top_k: int | None = None, input_dtype: torch.dtype | None = None):
         """top_k: K for BlockFFN (None: 8, or E where that is smaller). A softmax router has a K of its own: ValueError
-        at the first forward where `top_k` is another one.
+        at the first forward where `top_k` is another one. input_dtype: in which the routers' inputs are kept; None
+        keeps none.
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be at least 1")
         routers, softmax_routers, self.layers_without_router = _find_routers(model)
         self.layers = sorted(routers or softmax_routers)
-        self._chosen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._is_blockffn = bool(routers)
+        self._chosen: dict[int, tuple[torch.Tensor, ...]] = {}  # experts, their logits or activations[, inputs]
+        self._is_blockffn, self._input_dtype = bool(routers), input_dtype
         self._num_experts = {layer: mlp.router_proj.out_features for layer, mlp in routers.items()}
         fewest = min(self._num_experts.values(), default=None)
         if fewest is not None and (top_k or 0) > fewest:
@@ -177,9 +182,9 @@ class TopKExtractor(_HookHolder):
         for layer, mlp in sorted(routers.items()):
             k = top_k or min(DEFAULT_TOP_K, fewest)
             handles.append(mlp.router_act_fn.register_forward_hook(_noting(layer, pending)))
-            handles.append(mlp.register_forward_hook(_choosing_strongest(layer, k, pending, chosen)))
+            handles.append(mlp.register_forward_hook(_choosing_strongest(layer, k, input_dtype, pending, chosen)))
         for layer, found in sorted(softmax_routers.items()):
-            note = _noting_choice(layer, found.index, top_k, pending, num_experts)
+            note = _noting_choice(layer, found.index, top_k, input_dtype, pending, num_experts)
             handles.append(found.router.register_forward_hook(note))
             handles.append(found.block.register_forward_hook(_committing_choice(layer, pending, chosen)))
         self._finalizer = weakref.finalize(self, _remove, handles)
@@ -189,8 +194,7 @@ class TopKExtractor(_HookHolder):
 
         During generation with a cache the last forward is the last token's. Raises ValueError before the first forward.
         """
-        if len(self._chosen) < len(self.layers):
-            raise ValueError("no routing captured yet: run model(input_ids) while the extractor is open")
+        self._check_captured()
         device = self._chosen[self.layers[0]][0].device
         experts, strength = (
             torch.stack([self._chosen[layer][part].to(device) for layer in self.layers]) for part in (0, 1)
@@ -207,6 +211,20 @@ class TopKExtractor(_HookHolder):
         else:
             gating_probs = strength.softmax(dim=-1)
         return TopK(tuple(self.layers), experts.to(torch.int16), gating_probs, max(self._num_experts.values()))
+
+    def get_router_inputs(self) -> torch.Tensor:
+        """What the routers were given in the last forward, [L, B, T, D] in `input_dtype`, on the host.
+
+        Raises ValueError before the first forward, and for an extractor without `input_dtype`.
+        """
+        if self._input_dtype is None:
+            raise ValueError("router inputs were not kept: open the extractor with an input_dtype")
+        self._check_captured()
+        return torch.stack([self._chosen[layer][2] for layer in self.layers])
+
+    def _check_captured(self) -> None:
+        if len(self._chosen) < len(self.layers):
+            raise ValueError("no routing captured yet: run model(input_ids) while the extractor is open")
 
 
 @dataclass(frozen=True)
@@ -243,6 +261,33 @@ def router_shape(model: nn.Module) -> RouterShape:
         output = first.router(torch.zeros(1, width, dtype=weight.dtype, device=device))
     _, experts = _logits_and_experts(first.router, output, first.index)
     return RouterShape(sorted(softmax_routers), without, output[first.index].shape[-1], experts.shape[-1])
+
+
+def router_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    """The routers of a model: weight [L, E, D] float32, activation (a string) and scale [L, E] float32.
+
+    act(x @ weight.T) * scale ranks the experts for a router input x as `TopKExtractor` does, act being the identity
+    ("softmax") or ReLU ("relu_rms", BlockFFN: experts at 0 are inactive). The scale is 1 in both: BlockFFN's experts
+    are ranked by their router activation, and its norm, with a weight for each expert, comes behind that.
+
+    Raises ValueError for routers that are not one matrix (those with a bias, or quantised) and for a BlockFFN with an
+    activation other than ReLU.
+    """
+    routers, softmax_routers, _ = _find_routers(model)
+    if any(not isinstance(mlp.router_act_fn, nn.ReLU) for mlp in routers.values()):
+        raise ValueError("this BlockFFN's router activation is not ReLU: its routers cannot be saved")
+    found = {layer: mlp.router_proj for layer, mlp in routers.items()}
+    found |= {layer: softmax_router.router for layer, softmax_router in softmax_routers.items()}
+    weights = []
+    for _, router in sorted(found.items()):
+        with align_module_device(router):  # brings in what device_map="auto" has moved to the host
+            parameters = [parameter.detach() for parameter in router.parameters()]
+            if len(parameters) != 1 or parameters[0].ndim != 2 or not parameters[0].is_floating_point():
+                raise ValueError(f"{type(router).__name__} is not one matrix: its router inputs cannot be saved")
+            weights.append(parameters[0].float().cpu().numpy().copy())
+    weight = np.stack(weights)
+    activation = np.array("relu_rms" if routers else "softmax")
+    return {"weight": weight, "activation": activation, "scale": np.ones(weight.shape[:2], dtype=np.float32)}
 
 
 def _find_routers(model: nn.Module) -> tuple[dict[int, nn.Module], dict[int, _SoftmaxRouter], list[int]]:
@@ -361,13 +406,15 @@ def _committing_rows(layer: int, pending: dict, captured: dict, on_layer: Callab
     return hook
 
 
-def _noting_choice(layer: int, index: int, top_k: int | None, pending: dict, num_experts: dict):
+def _noting_choice(
+    layer: int, index: int, top_k: int | None, input_dtype: torch.dtype | None, pending: dict, num_experts: dict
+):
     def hook(module, arguments, output):
         if layer not in num_experts:
             _check_router(module, output, index, top_k)
             num_experts[layer] = output[index].shape[-1]
         experts = next(part for part in output if not part.is_floating_point())  # [B*T, K]
-        pending[layer] = experts, output[index].detach().gather(-1, experts)
+        pending[layer] = experts, output[index].detach().gather(-1, experts), *_kept(arguments[0], input_dtype)
 
     return hook
 
@@ -414,12 +461,17 @@ def _committing_choice(layer: int, pending: dict, chosen: dict):
     return hook
 
 
-def _choosing_strongest(layer: int, top_k: int, pending: dict, chosen: dict):
+def _choosing_strongest(layer: int, top_k: int, input_dtype: torch.dtype | None, pending: dict, chosen: dict):
     def hook(module, arguments, output):
         strength, experts = pending.pop(layer).topk(top_k, dim=-1)
-        chosen[layer] = experts, strength
+        chosen[layer] = experts, strength, *_kept(arguments[0], input_dtype)
 
     return hook
+
+
+def _kept(inputs: torch.Tensor, dtype: torch.dtype | None) -> tuple[torch.Tensor, ...]:
+    """(a copy on the host,), where a dtype says that inputs are kept: L layers of them may not fit on the device."""
+    return () if dtype is None else (inputs.detach().to("cpu", dtype, copy=True),)
 
 
 def _as_batch(rows: torch.Tensor, hidden) -> torch.Tensor:

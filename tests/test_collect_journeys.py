@@ -311,6 +311,9 @@ def test_a_run_with_other_settings_is_not_mixed_in(model, data, tmp_path, capsys
     assert shards(tmp_path, model) == before
     run(*common(model, data, tmp_path), "--problems", 4, "--generate", 2, "--restart")
     assert shards(tmp_path, model).keys() == before.keys() and shards(tmp_path, model) != before
+    written = [file.stat().st_mtime_ns for file in sorted(tmp_path.rglob("*.parquet"))]
+    run(*common(model, data, tmp_path), "--problems", 4, "--generate", 2, "--restart")  # nothing differs: nothing goes
+    assert written and [file.stat().st_mtime_ns for file in sorted(tmp_path.rglob("*.parquet"))] == written
 
 
 def test_other_weights_under_the_same_name_are_not_mixed_in(data, tmp_path, capsys):
