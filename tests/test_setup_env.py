@@ -415,7 +415,7 @@ STEPS = [
     "06_replace_layer",
     "07_gated_hybrid",
 ]
-JOURNEY_STEPS = ["08_collect_journeys", "09_analyze_journeys"]
+JOURNEY_STEPS = ["08_collect_journeys", "09_analyze_journeys", "10_predict_experts"]
 STEP = """
 import os, sys, pathlib
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
@@ -430,7 +430,7 @@ sys.exit(int(os.environ.get("FAIL_" + pathlib.Path(__file__).stem[:2], "0")))
 
 @pytest.fixture
 def study(machine):
-    """The run scripts around stand-ins for 01-09, in an environment that is the one the tests run in."""
+    """The run scripts around stand-ins for 01-10, in an environment that is the one the tests run in."""
     machine.put("setup_env.sh", f"#!/bin/bash\necho '{sys.executable}'\n", machine.tree)
     for name in STEPS + JOURNEY_STEPS:
         (machine.tree / "scripts" / f"{name}.py").write_text(STEP)
@@ -500,9 +500,9 @@ def test_run_all_executes_both_notebooks_on_the_results_of_this_run(study):
     ]  # fmt: skip
     flags = f"--output-dir {study.tree}/outputs --seed 3 --quick"
     expected = [f"{name} --model blockffn-tiny {flags} --device cpu" for name in STEPS]
-    # 09 runs no model, so it takes no device
-    expected += [f"08_collect_journeys --model org/moe {flags} --device cpu --restart"]
-    expected += [f"09_analyze_journeys --model org/moe {flags}"]
+    expected += [f"08_collect_journeys --model org/moe {flags} --device cpu --save-hidden 12 --restart"]
+    # these run no model, so they take no device
+    expected += [f"{name} --model org/moe {flags}" for name in JOURNEY_STEPS[1:]]
     assert study.take_log() == expected
     text, figure = nbformat.read(folder / "visualize_routing.ipynb", as_version=4).cells
     assert text.outputs[0].text == f"kernel {sys.executable}\nfolder {folder}\n"
