@@ -1,4 +1,4 @@
-"""src/stats.py against scipy's bootstrap, closed forms, resampling by hand, and coverage."""
+"""src/stats.py against scipy's bootstrap, closed forms, resampling by hand, coverage, and a simulated null."""
 
 import numpy as np
 import pytest
@@ -153,6 +153,13 @@ ONES = np.ones(4)
         (lambda: stats.cluster_bootstrap(ONES, ONES, level=95), "level is 95"),
         (lambda: stats.paired_difference(ONES, np.ones(5), ONES), r"sum_b has shape \(5,\)"),
         (lambda: stats.paired_difference([1.0], [1.0], [1.0]), "1 of 1 documents"),
+        (lambda: stats.cluster_bootstrap(ONES, ONES, method="bca"), "method is 'bca'; choose"),
+        (lambda: stats.paired_p_value(ONES, ONES, ONES, resamples=0), "resamples is 0"),
+        (lambda: stats.holm_correction([]), "at least one"),
+        (lambda: stats.holm_correction([0.1, 1.5]), "1.5 at position 1"),
+        (lambda: stats.holm_correction([np.nan, 0.5]), "nan at position 0"),
+        (lambda: stats.minimum_detectable_effect(ONES, ONES, [0, 0, 3, 0]), "1 of 4 documents"),
+        (lambda: stats.minimum_detectable_effect(ONES, ONES, ONES, power=0.01), "power is 0.01"),
         (lambda: stats.equivalence_test(ONES, ONES, ONES, margin=0), "margin is 0"),
         (lambda: stats.equivalence_test(ONES, ONES, ONES, margin=1, significance=0.5), "significance is 0.5"),
         (lambda: stats.rank_correlation(np.arange(4), np.arange(4), list("aaaa")), "1 cluster"),
@@ -171,3 +178,171 @@ def test_documents_without_counts_change_nothing_but_the_draws():
     full = stats.cluster_bootstrap(np.append(nll, 0), np.append(tokens, 0))
     assert full.estimate == pytest.approx(nll.sum() / tokens.sum())
     assert full.low < full.estimate < full.high
+
+
+def test_studentised_interval_equals_resampling_by_hand():
+    a, tokens = documents(25)
+    b = a - tokens * np.random.default_rng(5).normal(0.02, 0.1, 25)
+    difference = a - b
+
+    def ratio_and_error(chosen):
+        ratio = difference[chosen].sum() / tokens[chosen].sum()
+        squares = (difference[chosen] - ratio * tokens[chosen]) ** 2
+        return ratio, np.sqrt(squares.sum()) / tokens[chosen].sum()
+
+    ratio, error = ratio_and_error(np.arange(25))
+    t = []
+    for row in np.random.default_rng(7).multinomial(25, np.full(25, 1 / 25), size=300):
+        resampled, its_error = ratio_and_error(np.repeat(np.arange(25), row))
+        t.append((resampled - ratio) / its_error)
+    low, high = ratio - np.quantile(t, [0.9, 0.1]) * error
+    ours = stats.paired_difference(a, b, tokens, resamples=300, seed=7, level=0.8, method="studentised")
+    assert [ours.estimate, ours.low, ours.high] == pytest.approx([ratio, low, high], rel=1e-9)
+
+
+def test_studentised_interval_of_a_small_normal_sample_is_students():
+    rng = np.random.default_rng(12)
+    width = {"studentised": [], "percentile": []}
+    for seed in range(20):
+        values = rng.normal(size=10)
+        student = scipy_stats.t.interval(0.95, 9, values.mean(), values.std(ddof=1) / np.sqrt(10))
+        for method, ratios in width.items():
+            ours = stats.cluster_bootstrap(values, np.ones(10), 2_000, seed, method=method)
+            ratios.append((ours.high - ours.low) / (student[1] - student[0]))
+    assert np.median(width["studentised"]) == pytest.approx(1, abs=0.15)
+    assert np.median(width["percentile"]) == pytest.approx(1.96 * 0.9**0.5 / 2.262, abs=0.04)
+
+
+def test_studentised_interval_says_when_documents_hold_no_variance():
+    interval = stats.cluster_bootstrap([1, 0], [1, 1], resamples=200, method="studentised")
+    assert (interval.low, interval.estimate, interval.high) == (-np.inf, 0.5, np.inf)
+    same = stats.paired_difference(ONES, ONES, ONES, resamples=50, method="studentised")
+    assert (same.low, same.estimate, same.high) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("method", ["percentile", "studentised"])
+def test_p_value_is_one_minus_the_level_at_which_the_interval_reaches_zero(method):
+    a, tokens = documents(30)
+    b = a - tokens * np.random.default_rng(13).normal(0.02, 0.06, 30)
+    p = stats.paired_p_value(a, b, tokens, resamples=4_000, seed=2, method=method)
+    assert 0.01 < p < 0.5
+    step = 4 / 4_000  # two resamples in each tail
+    narrow, wide = (
+        stats.paired_difference(a, b, tokens, 4_000, 2, level, method) for level in (1 - p - step, 1 - p + step)
+    )
+    assert narrow.low > 0 > wide.low
+    assert stats.paired_p_value(b, a, tokens, 4_000, 2, method) == pytest.approx(p, abs=1e-12)
+    test = stats.equivalence_test(a, b, tokens, margin=0.1, resamples=4_000, seed=2, method=method)
+    assert test.interval == stats.paired_difference(a, b, tokens, 4_000, 2, 0.9, method)
+
+
+def test_p_value_at_its_ends():
+    a, tokens = documents(30)
+    assert stats.paired_p_value(a + tokens, a, tokens, resamples=99) == pytest.approx(2 / 100)
+    assert stats.paired_p_value(a, a, tokens, resamples=99) == 1
+    values = np.random.default_rng(14).normal(0, 1, 2_000)
+    values += 2.2 / np.sqrt(2_000) * values.std() - values.mean()
+    p = stats.paired_p_value(values, np.zeros(2_000), np.ones(2_000), resamples=4_000)
+    assert p == pytest.approx(2 * scipy_stats.norm.sf(2.2), abs=0.01)
+
+
+def test_holm_is_the_closed_test_of_bonferroni():
+    rng = np.random.default_rng(15)
+    for num in (1, 2, 5):
+        p = np.round(rng.uniform(0, 0.6, num) ** 2, 2)  # with ties
+        # Closed testing: a hypothesis falls when every set of hypotheses that holds it falls, here by Bonferroni.
+        sets = [[i for i in range(num) if code >> i & 1] for code in range(1, 2**num)]
+        expected = [max(min(1, len(s) * p[s].min()) for s in sets if i in s) for i in range(num)]
+        np.testing.assert_allclose(stats.holm_correction(p), expected, rtol=1e-12)
+    np.testing.assert_allclose(stats.holm_correction([0.04, 0.01, 0.03]), [0.06, 0.03, 0.06])
+
+
+def test_minimum_detectable_effect_has_the_power_of_the_t_test():
+    difference = np.random.default_rng(16).normal(0.3, 2.0, 64)
+    effect = stats.minimum_detectable_effect(difference, np.zeros(64), np.ones(64))
+    error = difference.std(ddof=1) / 8
+    critical = scipy_stats.t.ppf(0.975, 63)
+    power = scipy_stats.nct.sf(critical, 63, effect / error) + scipy_stats.nct.cdf(-critical, 63, effect / error)
+    assert power == pytest.approx(0.8, abs=0.003)
+    with_empty = stats.minimum_detectable_effect(np.append(difference, 0), np.zeros(65), np.append(np.ones(64), 0))
+    assert with_empty == pytest.approx(effect, rel=1e-12)
+    stricter = stats.minimum_detectable_effect(difference, np.zeros(64), np.ones(64), power=0.9, significance=0.01)
+    assert stricter / effect == pytest.approx((2.576 + 1.282) / (1.960 + 0.842), rel=0.03)
+
+
+# -- does the bootstrap hold its level? 64 documents of the study have 79 to 768 tokens: a tenth of that here.
+def null_sizes(num_clusters: int) -> np.ndarray:
+    return np.geomspace(4, 40, num_clusters).round().astype(int)
+
+
+def null_differences(num_clusters: int, simulations: int) -> np.ndarray:
+    """Differences per token [simulations, tokens], mean 0: clusters of unequal sizes, intra-class correlation 0.5."""
+    rng = np.random.default_rng(num_clusters)
+    sizes = null_sizes(num_clusters)
+    shared = np.repeat(rng.normal(size=(simulations, num_clusters)), sizes, axis=1)
+    return np.sqrt(0.5) * shared + np.sqrt(0.5) * rng.normal(size=shared.shape)
+
+
+def cluster_sums(differences: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    return np.add.reduceat(differences, np.cumsum(sizes) - sizes, axis=1)
+
+
+def rejections(monkeypatch, sums: np.ndarray, counts: np.ndarray, method: str, resamples: int = 1_000) -> np.ndarray:
+    """For each simulation's sums [simulations, N] with counts [N]: does the 95 % interval leave out 0?
+
+    The draws depend on the seed alone, and every simulation has the same seed, as every comparison of a study has:
+    drawing once for all of them changes no result and takes most of the time away.
+    """
+    draws = list(stats._draws(len(counts), resamples, 0))
+    monkeypatch.setattr(stats, "_draws", lambda *arguments: draws)
+    zeros = np.zeros(len(counts))
+    intervals = [stats.paired_difference(row, zeros, counts, resamples, method=method) for row in sums]
+    monkeypatch.undo()
+    return np.array([not interval.low <= 0 <= interval.high for interval in intervals])
+
+
+def test_simulated_null_has_the_intra_class_correlation_it_claims():
+    sizes, differences = null_sizes(40), null_differences(40, 500)
+    first = np.cumsum(sizes) - sizes
+    pairs = differences[:, first], differences[:, first + 1]
+    assert np.corrcoef(pairs[0].ravel(), pairs[1].ravel())[0, 1] == pytest.approx(0.5, abs=0.03)
+    assert sizes.max() >= 10 * sizes.min() and differences.std() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("num_clusters", [40, 64, 120])
+def test_studentised_bootstrap_holds_its_level(monkeypatch, num_clusters):
+    sizes = null_sizes(num_clusters)
+    sums = cluster_sums(null_differences(num_clusters, 1_000), sizes)
+    rate = rejections(monkeypatch, sums, sizes, "studentised").mean()
+    assert 0.035 <= rate <= 0.065
+
+
+def test_percentile_interval_rejects_too_often_with_few_documents(monkeypatch):
+    sizes = null_sizes(15)
+    sums = cluster_sums(null_differences(15, 1_000), sizes)
+    percentile = rejections(monkeypatch, sums, sizes, "percentile").mean()
+    studentised = rejections(monkeypatch, sums, sizes, "studentised").mean()
+    assert percentile > 0.08 and percentile > studentised + 0.015
+
+
+def test_bootstrap_over_tokens_does_not_hold_its_level(monkeypatch):
+    differences = null_differences(40, 1_000)[:200]
+    rate = rejections(monkeypatch, differences, np.ones(differences.shape[1]), "percentile").mean()
+    assert rate > 0.4  # the design effect is above 10: the standard error is a third of the true one
+
+
+def test_a_thousand_resamples_tell_the_level_as_well_as_ten_thousand(monkeypatch):
+    sizes = null_sizes(40)
+    sums = cluster_sums(null_differences(40, 300), sizes)
+    few = rejections(monkeypatch, sums, sizes, "studentised")
+    many = rejections(monkeypatch, sums, sizes, "studentised", resamples=10_000)
+    assert (few == many).mean() >= 0.98 and abs(few.mean() - many.mean()) <= 0.01
+
+
+def test_an_effect_of_the_minimum_detectable_size_is_found_four_times_in_five(monkeypatch):
+    sizes = null_sizes(64)
+    sums = cluster_sums(null_differences(64, 1_000), sizes)
+    zeros = np.zeros(64)
+    effect = np.mean([stats.minimum_detectable_effect(row, zeros, sizes) for row in sums])
+    found = rejections(monkeypatch, sums + effect * sizes, sizes, "studentised").mean()
+    assert found == pytest.approx(0.8, abs=0.05)
