@@ -27,7 +27,7 @@ from src.blockffn import BlockFFNConfig, BlockFFNForCausalLM, CheckpointError
 from src.results import UserError
 
 ASSETS_DIR = Path(__file__).resolve().parent.parent / "assets"
-SHIPPED_MODELS = ("blockffn-tiny",)
+SHIPPED_MODELS = ("blockffn-tiny", "mixtral-tiny")
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
