@@ -139,8 +139,8 @@ GATED_HYBRID_RESULTS_PATH = MODEL_OUTPUT_DIR / "gated_hybrid_results.csv"
 VERDICT_PATH = MODEL_OUTPUT_DIR / "verdict.json"
 
 # --- Journeys (08-10) ----------------------------------------------------------------------------------------------
-# The model whose routing is studied: `mixtral-tiny` (ships in assets/), `blockffn-tiny`, or the folder or hub name of any
-# mixture of experts.
+# The model whose routing is studied: `mixtral-tiny` (ships in assets/), `blockffn-tiny`, or the folder or hub name of
+# any mixture of experts.
 JOURNEY_MODEL = os.environ.get("BLOCKFFN_JOURNEY_MODEL") or "mixtral-tiny"
 # Data sets that 08 collects; domains are compared in this order.
 JOURNEY_DATASETS = ["humaneval", "gsm8k"]
