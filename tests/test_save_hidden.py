@@ -269,7 +269,8 @@ def test_two_processes_write_what_one_does(collected, model, data, tmp_path):
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
                str(ROOT / "scripts" / "08_collect_journeys.py")]  # fmt: skip
     command += [*map(str, common(model, data, tmp_path)), "--generate", "3", "--save-hidden", "4"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # as many threads as this process has: another number sums in another order, and router inputs are full float32
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540)
     assert done.returncode == 0, done.stderr
     assert hidden_files(tmp_path, model) == hidden_files(collected, model)
