@@ -176,16 +176,16 @@ PREDICT_XGBOOST_ROUNDS = 60  # at most
 PREDICT_TUNE_TRIALS = 20  # networks that --tune tries
 # Shapes and training of the networks; see predictors.Network. `mlp` has the widths of the published study's first one.
 PREDICT_MLP = {"widths": [256, 128, 64], "layer_width": 10, "expert_width": 5, "dropout": 0.2}
-# Where --tune has not been run; a guess, not the outcome of a search.
+# Where --tune has not been run: what `--tune 10` found on mixtral-tiny, by validation loss.
 PREDICT_MLP_TUNED = {
-    "widths": [256, 256],
-    "history": 8,
+    "widths": [384, 384, 384],
+    "history": 12,
     "layer_width": 16,
     "expert_width": 8,
-    "per_layer": True,
     "dropout": 0.1,
     "learning_rate": 3e-3,
-    "batch_rows": 1024,
+    "weight_decay": 7e-4,
+    "batch_rows": 512,
 }
 PREDICT_LINEAR_PROBE = {"widths": [], "learning_rate": 5e-3, "weight_decay": 0.1, "batch_rows": 512}
 PREDICT_MLP_PROBE = {
