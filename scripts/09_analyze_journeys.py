@@ -16,7 +16,7 @@ import pandas as pd
 
 import config
 from src import journey_tables, results
-from src.journeys import Journeys, import_rows, import_token_files, read_journeys, shard_files
+from src.journeys import Journeys, read_input, read_journeys, shard_files
 
 # What --quick draws at most.
 QUICK_DRAWS = 200
@@ -72,22 +72,13 @@ def parse_arguments():
 
 def read_records(arguments) -> Journeys:
     """The journeys of --input, whatever its format; what an import left out is said on stderr."""
-    path, options = arguments.input, {"strict": arguments.strict, "num_experts": arguments.num_experts}
-    if not path.exists():
-        raise results.UserError(f"--input {path} does not exist")
-    is_store = path.suffix == ".parquet" if path.is_file() else bool(shard_files(path))
-    unused = IMPORT_FLAGS if is_store else ("limit",) if path.is_file() else ()
-    for name in unused:
-        if getattr(arguments, name):
-            raise results.UserError(f"--{name.replace('_', '-')} means nothing for {path}; leave it out")
-    if is_store:
-        return read_journeys(path)
-    if path.is_file():
-        journeys, report = import_rows(path, model=arguments.model, **options)
-    else:
-        journeys, report = import_token_files(path, arguments.limit, model=arguments.model, **options)
-        journeys = journeys.select(file_order(journeys))
-    print(*report.lines(), sep="\n", file=sys.stderr)
+    journeys, report = read_input(
+        arguments.input, arguments.limit, arguments.strict, arguments.num_experts, arguments.model
+    )
+    if report is not None:
+        print(*report.lines(), sep="\n", file=sys.stderr)
+        if arguments.input.is_dir():
+            journeys = journeys.select(file_order(journeys))
     return journeys
 
 

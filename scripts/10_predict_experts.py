@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 import config
 from src import expert_cache, journey_measures, journey_tables, predictors, results
-from src.journeys import Journeys, import_rows, import_token_files, read_hidden, read_journeys, shard_files
+from src.journeys import read_hidden, read_input, read_journeys, shard_files
 from src.predictors import PREDICTORS, Network, Settings
 
 # Flags that only imported records have.
@@ -47,14 +47,13 @@ def parse_arguments():
     parser = results.ArgumentParser("Predicting experts ahead of time, honestly, and what it buys.")
     parser.add_argument(
         "--model",
-        help=f"whose journeys: names the results' folder ({config.JOURNEY_MODEL}, or the name of --store or --input)",
+        help=f"whose journeys: names the results' folder ({config.JOURNEY_MODEL}, or the name of --input)",
     )
-    parser.add_argument("--store", type=Path, help="a folder of 08's journeys elsewhere (default: the model's results)")
     parser.add_argument(
         "--input",
         type=Path,
-        help="use these records instead of 08's: a JSONL file of (token, layer) rows, or a folder of files "
-        "p<problem>_token_<idx>.jsonl or of such folders",
+        help="use these records instead of 08's: a JSONL file of (token, layer) rows, a folder of files "
+        "p<problem>_token_<idx>.jsonl or of such folders, or a folder or file of 08's store",
     )
     parser.add_argument("--limit", type=int, help="token files read of each --input folder, in string order (all)")
     parser.add_argument("--num-experts", type=int, help="experts of the model behind --input (found in it)")
@@ -146,15 +145,9 @@ def check(arguments) -> None:
         for value in values if isinstance(values, list) else [values]:
             if value is not None and not 0 < value < float("inf"):
                 raise results.UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
-    if arguments.input and arguments.store:
-        raise results.UserError("--input and --store both name journeys; give one of them")
     given = next((name for name in IMPORT_FLAGS if getattr(arguments, name)), None)
     if arguments.input is None and given:
         raise results.UserError(f"--{given.replace('_', '-')} is for records given with --input")
-    for name in ("input", "store"):
-        path = getattr(arguments, name)
-        if path is not None and not path.exists():
-            raise results.UserError(f"--{name} {path} does not exist")
 
 
 def fill_in(arguments):
@@ -162,8 +155,7 @@ def fill_in(arguments):
     quick = arguments.quick
     if arguments.model is None:
         # journeys of some other model must not be filed under the default one
-        source = arguments.input or arguments.store
-        arguments.model = source.resolve().stem if source else config.JOURNEY_MODEL
+        arguments.model = arguments.input.resolve().stem if arguments.input else config.JOURNEY_MODEL
     for name, value in (
         ("train_rows", config.QUICK_PREDICT_TRAIN_ROWS if quick else config.PREDICT_TRAIN_ROWS),
         ("epochs", config.QUICK_PREDICT_EPOCHS if quick else config.PREDICT_EPOCHS),
@@ -180,31 +172,21 @@ def fill_in(arguments):
 
 
 # -- journeys
-def read_input(arguments) -> Journeys:
-    """The journeys of --input; what an import left out is said on stderr."""
-    path, options = arguments.input, {"strict": arguments.strict, "num_experts": arguments.num_experts}
-    if path.is_file():
-        if arguments.limit:
-            raise results.UserError(f"--limit means nothing for {path}; leave it out")
-        journeys, report = import_rows(path, model=arguments.model, **options)
-    else:
-        journeys, report = import_token_files(path, arguments.limit, model=arguments.model, **options)
-    print(*report.lines(), sep="\n", file=sys.stderr)
-    return journeys
-
-
 def read_data(arguments, folder: Path) -> tuple[predictors.Data, dict]:
     """(what predictors see, the identity of the journeys and router inputs)."""
-    hidden, source = None, arguments.input or arguments.store or folder
+    source, report = arguments.input or folder, None
     if arguments.input is not None:
-        journeys = read_input(arguments)
-    elif not shard_files(source):
+        journeys, report = read_input(source, arguments.limit, arguments.strict, arguments.num_experts, arguments.model)
+    elif shard_files(folder):
+        journeys = read_journeys(folder)
+    else:
         raise results.UserError(
             f"no journeys in {source}; run python scripts/08_collect_journeys.py --model {arguments.model}"
-            f"{' --quick' if arguments.quick else ''} first, or give --store or --input"
+            f"{' --quick' if arguments.quick else ''} first, or give --input"
         )
-    else:
-        journeys, hidden = read_journeys(source), read_hidden(source)
+    if report is not None:
+        print(*report.lines(), sep="\n", file=sys.stderr)
+    hidden = read_hidden(source) if report is None and source.is_dir() else None
     longest = arguments.hops[-1]
     if longest >= len(journeys.layers):
         raise results.UserError(

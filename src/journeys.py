@@ -277,15 +277,14 @@ class Hidden:
     Attributes:
         rows [R] int64: the journeys, as indices into `read_journeys` of the same store, ascending.
         states: memory-mapped arrays [r, L, D], float16 or float32, R rows in all, in the order of `rows`.
-        weight [L, E, D] float32, scale [L, E] float32, activation: act(x @ weight.T) * scale ranks the experts for a
-            router input x; act is the identity ("softmax") or ReLU ("relu_rms": experts at 0 are inactive).
+        weight [L, E, D] float32, activation: act(x @ weight.T) ranks the experts for a router input x; act is the
+            identity ("softmax") or ReLU ("relu": experts at 0 are inactive).
     """
 
     rows: np.ndarray
     states: list[np.ndarray]
     weight: np.ndarray
     activation: str
-    scale: np.ndarray
 
     def layer(self, place: int) -> np.ndarray:
         """Router inputs [R, D] float32 of one layer, by its place among the L."""
@@ -303,7 +302,7 @@ def hidden_file(shard: str | os.PathLike) -> Path:
 
 
 def routers_file(store: str | os.PathLike) -> Path:
-    """Where the routers are (weight, activation and scale, as `Hidden` has them)."""
+    """Where the routers are (weight and activation, as `Hidden` has them)."""
     return hidden_folder(store) / "routers.npz"
 
 
@@ -348,7 +347,7 @@ def read_hidden(folder: str | os.PathLike) -> Hidden | None:
             )
         states.append(part)
     rows = np.concatenate([np.arange(first, first + count) for _, first, count in wanted])
-    return Hidden(rows, states, routers["weight"], str(routers["activation"]), routers["scale"])
+    return Hidden(rows, states, routers["weight"], str(routers["activation"]))
 
 
 def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
@@ -377,6 +376,35 @@ def concatenate(parts: Sequence[Journeys]) -> Journeys:
 
 
 # -- import
+def read_input(
+    path: str | os.PathLike,
+    limit: int | None = None,
+    strict: bool = False,
+    num_experts: int | None = None,
+    model: str = "imported",
+) -> tuple[Journeys, "ImportReport | None"]:
+    """Journeys from whatever is at `path`: a store or a shard of it (no report then), one JSONL file, or token files.
+
+    The other arguments are those of `import_rows` and `import_token_files`.
+    Raises UserError where nothing is at `path`, for options that mean nothing for what is there, and as the readers do.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    is_store = path.suffix == ".parquet" if path.is_file() else bool(shard_files(path))
+    unused = {"num-experts": num_experts, "strict": strict} if is_store else {}
+    if is_store or path.is_file():
+        unused["limit"] = limit
+    for name, value in unused.items():
+        if value:
+            raise UserError(f"--{name} means nothing for {path}; leave it out")
+    if is_store:
+        return read_journeys(path), None
+    if path.is_file():
+        return import_rows(path, strict, num_experts, model)
+    return import_token_files(path, limit, strict, num_experts, model)
+
+
 def import_rows(
     path: str | os.PathLike, strict: bool = False, num_experts: int | None = None, model: str = "imported"
 ) -> tuple[Journeys, ImportReport]:

@@ -115,7 +115,7 @@ def read(folder: Path, name: str) -> pd.DataFrame:
 def finished(store, tmp_path_factory) -> Path:
     """A default run (one seed, one hop, all predictors) and its folder of results."""
     output = tmp_path_factory.mktemp("output")
-    run("--store", store, "--model", "some/model", "--output-dir", output, *FAST)
+    run("--input", store, "--model", "some/model", "--output-dir", output, *FAST)
     return outputs(output)
 
 
@@ -183,7 +183,7 @@ def test_cache_curves_use_the_trace_of_test_problems(finished):
 
 
 def test_report(finished, store, capsys):
-    run("--store", store, "--model", "some/model", "--output-dir", finished.parents[1], *FAST)
+    run("--input", store, "--model", "some/model", "--output-dir", finished.parents[1], *FAST)
     shown = capsys.readouterr().out
     assert "11 of 11 runs were finished earlier" in shown
     assert "stale gate at hop 0: 100.0000 % of 960" in shown
@@ -218,7 +218,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_files(finished, store
         done.append(name)
         return study(name, *arguments, **options)
 
-    common = ("--store", store, "--model", "some/model", "--output-dir", tmp_path, *FAST)
+    common = ("--input", store, "--model", "some/model", "--output-dir", tmp_path, *FAST)
     monkeypatch.setattr(predictors, "study", dies)
     with pytest.raises(SystemExit) as stop:
         run(*common)
@@ -236,7 +236,7 @@ def test_only_what_changed_runs_again(store, tmp_path, monkeypatch):
     monkeypatch.setattr(
         predictors, "study", lambda name, *rest, **more: done.append(name) or study(name, *rest, **more)
     )
-    common = ["--store", store, "--model", "some/model", "--output-dir", tmp_path, *FAST, "--cache-tokens", 0]
+    common = ["--input", store, "--model", "some/model", "--output-dir", tmp_path, *FAST, "--cache-tokens", 0]
     run(*common, "--predictors", "transition", "xgboost", "lookup")
     assert done == ["transition", "lookup", "xgboost"]
     assert not (outputs(tmp_path) / "cache_curves.csv").exists()
@@ -258,7 +258,7 @@ def test_only_what_changed_runs_again(store, tmp_path, monkeypatch):
 
 
 def test_tune_saves_its_setting_and_the_next_run_uses_it(bare_store, tmp_path, monkeypatch):
-    common = ["--store", bare_store, "--model", "some/model", "--output-dir", tmp_path, *FAST, "--split", "problems"]
+    common = ["--input", bare_store, "--model", "some/model", "--output-dir", tmp_path, *FAST, "--split", "problems"]
     run(*common, "--predictors", "mlp_tuned", "--tune", 2)
     tuned = json.loads((outputs(tmp_path) / "mlp_tuned.json").read_text())
     assert len(tuned["networks"]) == 2
@@ -275,7 +275,7 @@ def test_tune_saves_its_setting_and_the_next_run_uses_it(bare_store, tmp_path, m
 
 # -- other journeys
 def test_without_router_inputs_hidden_predictors_are_left_out(bare_store, tmp_path, capsys):
-    run("--store", bare_store, "--model", "m", "--output-dir", tmp_path, *FAST, "--predictors", "lookup", "stale_gate",
+    run("--input", bare_store, "--model", "m", "--output-dir", tmp_path, *FAST, "--predictors", "lookup", "stale_gate",
         "--quick")  # fmt: skip
     assert (
         "stale_gate left out; python scripts/08_collect_journeys.py --model m --save-hidden" in capsys.readouterr().err
@@ -322,21 +322,20 @@ def test_recorded_mixtral_journeys(tmp_path, capsys):
     ("arguments", "words"),
     [
         ([], "no journeys in"),
-        (["--store", "{empty}"], "no journeys in"),
-        (["--store", "{absent}"], "absent does not exist"),
+        (["--limit", 3], "--limit is for records given with --input"),
+        (["--input", "{empty}"], "empty"),
         (["--input", "{absent}"], "absent does not exist"),
-        (["--input", "{store}", "--store", "{store}"], "both name journeys"),
-        (["--store", "{store}", "--limit", 3], "--limit is for records given with --input"),
-        (["--store", "{store}", "--hops", 4], "--hops 4 needs more than 4 layers; the journeys have 4"),
-        (["--store", "{store}", "--hops", 0], "--hops is 0; it must be at least 1"),
-        (["--store", "{store}", "--seeds", 0], "--seeds is 0"),
-        (["--store", "{store}", "--tune", 0], "--tune is 0"),
-        (["--store", "{store}", "--predictors", "oracle"], "oracle"),
-        (["--store", "{store}", "--bandwidths", 0], "--bandwidths is 0.0; it must be above 0"),
-        (["--store", "{store}", "--expert-mb", "nan"], "--expert-mb is nan"),
-        (["--store", "{store}", "--cache-capacities", 9], "--cache-capacities 9 is more than the 5 experts"),
-        (["--store", "{bare}", "--predictors", "stale_gate"], "--save-hidden"),
-        (["--store", "{store}", "--split", "columns"], "columns"),
+        (["--input", "{store}", "--limit", 3], "--limit means nothing for"),
+        (["--input", "{store}", "--hops", 4], "--hops 4 needs more than 4 layers; the journeys have 4"),
+        (["--input", "{store}", "--hops", 0], "--hops is 0; it must be at least 1"),
+        (["--input", "{store}", "--seeds", 0], "--seeds is 0"),
+        (["--input", "{store}", "--tune", 0], "--tune is 0"),
+        (["--input", "{store}", "--predictors", "oracle"], "oracle"),
+        (["--input", "{store}", "--bandwidths", 0], "--bandwidths is 0.0; it must be above 0"),
+        (["--input", "{store}", "--expert-mb", "nan"], "--expert-mb is nan"),
+        (["--input", "{store}", "--cache-capacities", 9], "--cache-capacities 9 is more than the 5 experts"),
+        (["--input", "{bare}", "--predictors", "stale_gate"], "--save-hidden"),
+        (["--input", "{store}", "--split", "columns"], "columns"),
     ],
 )
 def test_refuses_in_one_line(store, bare_store, tmp_path, capsys, arguments, words):
@@ -351,7 +350,7 @@ def test_refuses_in_one_line(store, bare_store, tmp_path, capsys, arguments, wor
 def test_a_broken_setting_is_refused(store, tmp_path, capsys):
     outputs(tmp_path).mkdir(parents=True)
     (outputs(tmp_path) / "mlp_tuned.json").write_text('{"setting": {"width": 3}}')
-    line = refused(capsys, "--store", store, "--model", "some/model", "--output-dir", tmp_path, *FAST)
+    line = refused(capsys, "--input", store, "--model", "some/model", "--output-dir", tmp_path, *FAST)
     assert "mlp_tuned.json holds no setting" in line and "--tune" in line
 
 
@@ -360,5 +359,5 @@ def test_help(capsys):
         run("--help")
     shown = capsys.readouterr().out
     assert stop.value.code == 0
-    for flag in "--model --store --input --hops --predictors --split --seeds --tune --xgboost-rows --quick".split():
+    for flag in "--model --input --hops --predictors --split --seeds --tune --xgboost-rows --quick".split():
         assert flag in shown
