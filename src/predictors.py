@@ -574,9 +574,9 @@ def stale_gate(data: Data) -> Predictor:
             logits = (_router_inputs(data, cells, layer, rows) @ hidden.weight[target].T).astype(np.float64)
             if hidden.activation == "softmax":
                 # float64: in float32 two unequal logits can get equal probabilities
-                found[rows] = softmax(logits * hidden.scale[target], axis=1)
+                found[rows] = softmax(logits, axis=1)
             else:
-                strength = np.maximum(np.maximum(logits, 0) * hidden.scale[target], 0)
+                strength = np.maximum(logits, 0)
                 total = strength.sum(axis=1, keepdims=True)
                 found[rows] = np.where(total > 0, strength / np.where(total > 0, total, 1), 1 / data.num_experts)
         return found

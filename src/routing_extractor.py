@@ -264,11 +264,10 @@ def router_shape(model: nn.Module) -> RouterShape:
 
 
 def router_arrays(model: nn.Module) -> dict[str, np.ndarray]:
-    """The routers of a model: weight [L, E, D] float32, activation (a string) and scale [L, E] float32.
+    """The routers of a model: weight [L, E, D] float32, and activation (a string).
 
-    act(x @ weight.T) * scale ranks the experts for a router input x as `TopKExtractor` does, act being the identity
-    ("softmax") or ReLU ("relu_rms", BlockFFN: experts at 0 are inactive). The scale is 1 in both: BlockFFN's experts
-    are ranked by their router activation, and its norm, with a weight for each expert, comes behind that.
+    act(x @ weight.T) ranks the experts for a router input x as `TopKExtractor` does, act being the identity ("softmax")
+    or ReLU ("relu", BlockFFN: experts at 0 are inactive; its norm, with a weight for each expert, comes behind that).
 
     Raises ValueError for routers that are not one matrix (those with a bias, or quantised) and for a BlockFFN with an
     activation other than ReLU.
@@ -285,9 +284,7 @@ def router_arrays(model: nn.Module) -> dict[str, np.ndarray]:
             if len(parameters) != 1 or parameters[0].ndim != 2 or not parameters[0].is_floating_point():
                 raise ValueError(f"{type(router).__name__} is not one matrix: its router inputs cannot be saved")
             weights.append(parameters[0].float().cpu().numpy().copy())
-    weight = np.stack(weights)
-    activation = np.array("relu_rms" if routers else "softmax")
-    return {"weight": weight, "activation": activation, "scale": np.ones(weight.shape[:2], dtype=np.float32)}
+    return {"weight": np.stack(weights), "activation": np.array("relu" if routers else "softmax")}
 
 
 def _find_routers(model: nn.Module) -> tuple[dict[int, nn.Module], dict[int, _SoftmaxRouter], list[int]]:

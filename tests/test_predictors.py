@@ -70,10 +70,9 @@ def second_order() -> predictors.Data:
 class Hidden:
     """Router inputs of the first `rows` journeys, as journeys.Hidden has them."""
 
-    def __init__(self, states: np.ndarray, weight: np.ndarray, activation: str = "softmax", scale=None):
+    def __init__(self, states: np.ndarray, weight: np.ndarray, activation: str = "softmax"):
         self.rows, self.states = np.arange(len(states)), [states]
         self.weight, self.activation = weight, activation
-        self.scale = np.ones(weight.shape[:2], dtype=np.float32) if scale is None else scale
 
     def layer(self, place: int) -> np.ndarray:
         return np.concatenate([part[:, place] for part in self.states]).astype(np.float32)
@@ -83,19 +82,18 @@ def with_hidden(activation: str = "softmax", rows: int = 1200, layers: int = 4, 
     """Journeys of routers on a drifting state; the first two thirds of the problems have router inputs."""
     rng = np.random.default_rng(3)
     weight = rng.normal(size=(layers, E, dim)).astype(np.float32)
-    scale = rng.uniform(0.5, 2, (layers, E)).astype(np.float32) if activation == "relu_rms" else None
     states = np.empty((rows, layers, dim), dtype=np.float32)
     states[:, 0] = rng.normal(size=(rows, dim))
     for layer in range(1, layers):
         states[:, layer] = states[:, layer - 1] + drift * rng.normal(size=(rows, dim))
     strength = np.einsum("nld,led->nle", states, weight)
-    if activation == "relu_rms":
-        strength = np.maximum(strength, 0) * scale
+    if activation == "relu":
+        strength = np.maximum(strength, 0)
     order = np.argsort(-strength, axis=2)[:, :, :K]
     sample = sample_of(order[:, :, 0], 30, second=order[:, :, 1])
-    if activation == "relu_rms":
+    if activation == "relu":
         sample.experts[np.take_along_axis(strength, order, 2) <= 0] = -1
-    return predictors.prepare(sample, Hidden(states[: rows * 2 // 3], weight, activation, scale))
+    return predictors.prepare(sample, Hidden(states[: rows * 2 // 3], weight, activation))
 
 
 def top1(name: str, data: predictors.Data, hop: int = 1, split=None, seed: int = 0) -> float:
@@ -417,7 +415,7 @@ def test_study_adds_up_seeds_and_keeps_the_trace(first_order):
 # -- hidden states
 
 
-@pytest.mark.parametrize("activation", ["softmax", "relu_rms"])
+@pytest.mark.parametrize("activation", ["softmax", "relu"])
 def test_stale_gate_is_exact_at_hop_0(activation):
     data = with_hidden(activation)
     check = predictors.stale_gate_check(data)
@@ -429,7 +427,7 @@ def test_stale_gate_is_exact_at_hop_0(activation):
     assert predictors.stale_gate_check(wrong)["top1"] < 0.5
 
 
-@pytest.mark.parametrize("activation", ["softmax", "relu_rms"])
+@pytest.mark.parametrize("activation", ["softmax", "relu"])
 def test_hidden_state_predictors_on_a_drifting_state(activation):
     """The state of layer l + 1 is that of layer l and noise: the old router knows most; probes learn it from cells."""
     data = with_hidden(activation)

@@ -88,7 +88,6 @@ def stale_gate(hidden, place: int, k: int) -> np.ndarray:
     strength = hidden.layer(place).astype(np.float64) @ hidden.weight[place].astype(np.float64).T
     if hidden.activation != "softmax":
         strength = np.maximum(strength, 0)
-    strength = strength * hidden.scale[place]
     ranked = np.argsort(-strength, axis=1, kind="stable")[:, :k]
     if hidden.activation != "softmax":
         ranked[np.take_along_axis(strength, ranked, 1) == 0] = -1
@@ -131,7 +130,7 @@ def test_the_stale_gate_gives_the_stored_experts(name, data, tmp_path):
     tensors = load_file(safetensors) if safetensors.exists() else torch.load(model / "pytorch_model.bin")
     weight = torch.stack([tensors[GATES[name].format(layer)] for layer in stored.layers]).numpy()
     np.testing.assert_array_equal(hidden.weight, weight)
-    assert hidden.activation == ("relu_rms" if name == "blockffn" else "softmax")
+    assert hidden.activation == ("relu" if name == "blockffn" else "softmax")
     for place in range(len(stored.layers)):
         experts = stored.experts[hidden.rows, place]
         assert (stale_gate(hidden, place, experts.shape[1]) == experts).all()
@@ -394,7 +393,6 @@ def small_store(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     arrays = {
         "weight": rng.normal(size=(3, 8, 5)).astype(np.float32),
         "activation": np.array("softmax"),
-        "scale": np.ones((3, 8), dtype=np.float32),
     }
     write_npz(journeys.routers_file(folder / "store"), arrays, {"started": None})
     return first, second
@@ -411,7 +409,7 @@ def test_rows_and_layers(tmp_path):
         np.testing.assert_array_equal(hidden.layer(place), expected)
         assert hidden.layer(place).dtype == np.float32
     assert all(isinstance(part, np.memmap) for part in hidden.states)
-    assert hidden.weight.shape == (3, 8, 5) and hidden.activation == "softmax" and hidden.scale.shape == (3, 8)
+    assert hidden.weight.shape == (3, 8, 5) and hidden.activation == "softmax"
     np.testing.assert_array_equal(read_hidden(tmp_path / "store").rows, hidden.rows)
 
 
