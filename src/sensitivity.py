@@ -1,4 +1,4 @@
-"""What attention is worth at every (layer, token) cell of a text: estimates, real interventions, masks of the cheapest.
+"""What attention is worth at every (layer, token) cell of a text: estimates, and real interventions.
 
 The cost of a cell is KL(base model || hybrid with that one cell switched to Mamba), in nats, summed over the positions
 whose prediction the cell can change. `intervention_kl` measures it, one forward per cell. `fisher_sensitivity`
@@ -14,7 +14,8 @@ in their place it would be another matrix (Kunstner et al. 2019, arXiv 1905.1255
 Everything here works on the layers whose sidecars are attached, and in the windows of `eval_utils.score_documents`:
 each predicted token counts once, and a cell that several windows hold is charged for what it does in each of them.
 Results map document id -> layer -> [N], one value per input position 0 .. N - 1 (N = ids - 1), as `MaskGate` and
-`GateRecord` do.
+`GateRecord` do. `controls.scored_masks(shares, sensitivity, largest=False)` makes masks of the cheapest cells of them:
+`control_oracle_<share>`, and `control_hindsight_<share>` of `control_hindsight`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -276,32 +277,6 @@ def agreement(
 
     pooled = correlation(np.ones(len(layers), dtype=bool))
     return Agreement(pooled, {int(layer): correlation(layers == layer) for layer in np.unique(layers)})
-
-
-def masks_of_cheapest(costs: Mapping[str, Mapping[int, np.ndarray]], counts: Mapping[str, Mapping[int, int]]) -> Cells:
-    """Hard masks for `MaskGate`: per document and layer the `counts` cells of the smallest cost go to Mamba.
-
-    costs: document id -> layer -> [N]; NaN cells stay with attention. Of `fisher_sensitivity` these are the masks of
-    `control_oracle_<share>`, of `control_hindsight` those of `control_hindsight_<share>`. Equal costs go by position.
-    Raises ValueError where a cost is missing, or a count is no whole number within the cells that have one.
-    """
-    masks = {}
-    for document, layers in counts.items():
-        masks[document] = {}
-        for layer, count in layers.items():
-            if layer not in costs.get(document, {}):
-                raise ValueError(f"there are no costs for layer {layer} of document {document!r}")
-            values = np.asarray(costs[document][layer])
-            known = np.flatnonzero(~np.isnan(values))
-            if count != int(count) or not 0 <= count <= len(known):
-                raise ValueError(
-                    f"{count} tokens are to go to Mamba in layer {layer} of document {document!r}; it must be a whole "
-                    f"number from 0 to {len(known)}, the cells with a cost"
-                )
-            mask = np.zeros(len(values), dtype=np.float32)
-            mask[known[np.argsort(values[known], kind="stable")[: int(count)]]] = 1.0
-            masks[document][layer] = mask
-    return masks
 
 
 # ---------------------------------------------------------------- windows

@@ -281,14 +281,6 @@ def test_agreement_pooled_and_per_layer():
     assert result.per_layer[5].low < 0.3
 
 
-def test_masks_of_cheapest():
-    costs = {"a": {1: np.array([0.3, np.nan, 0.1, 0.1, -2.0]), 2: np.arange(5.0)}, "b": {1: np.array([1.0, 0.0])}}
-    masks = sensitivity.masks_of_cheapest(costs, {"a": {1: 2, 2: 0}, "b": {1: 2}})
-    assert masks["a"][1].tolist() == [0, 0, 1, 0, 1] and masks["a"][1].dtype == np.float32
-    assert masks["a"][2].tolist() == [0] * 5
-    assert masks["b"][1].tolist() == [1, 1] and list(masks["b"]) == [1]
-
-
 @pytest.mark.parametrize(
     "call, words",
     [
@@ -301,8 +293,6 @@ def test_masks_of_cheapest():
         (lambda m: sensitivity.intervention_kl(m, document(), [(3, 1)], 8, 8), ["layer 3", "[1, 2]"]),
         (lambda m: sensitivity.intervention_kl(m, document(), [], 8, 8, batch_size=0), ["batch_size", "0"]),
         (lambda m: sensitivity.mamba_shares(m, {1: 0.0}).__enter__(), ["[1]", "[1, 2]"]),
-        (lambda m: sensitivity.masks_of_cheapest({"a": {1: np.array([np.nan, 1.0])}}, {"a": {1: 2}}), ["2", "0 to 1"]),
-        (lambda m: sensitivity.masks_of_cheapest({"a": {}}, {"a": {1: 2}}), ["layer 1", "'a'"]),
         (lambda m: sensitivity.agreement([1, 2], [1, 2], [1, 1], ["a"]), ["2 layers", "1 documents"]),
     ],
 )
