@@ -171,11 +171,17 @@ PREDICT_EPOCHS = 8  # of a network on journeys, at most
 PREDICT_PROBE_EPOCHS = 12  # of a probe of router inputs, at most; each sees all its journeys
 PREDICT_PATIENCE = 3  # epochs without a better validation loss until training stops
 PREDICT_VALIDATION_ROWS = 30_000  # cells that choices are made on
-PREDICT_XGBOOST_VALUES = 800_000  # cells x experts: XGBoost grows one tree for each expert and round
-PREDICT_XGBOOST_ROUNDS = 60  # at most
+PREDICT_XGBOOST_VALUES = 1_600_000  # cells x experts: XGBoost grows one tree for each expert and round
+PREDICT_XGBOOST_ROUNDS = 150  # at most
 PREDICT_TUNE_TRIALS = 20  # networks that --tune tries
 # Shapes and training of the networks; see predictors.Network. `mlp` has the widths of the published study's first one.
-PREDICT_MLP = {"widths": [256, 128, 64], "layer_width": 10, "expert_width": 5, "dropout": 0.2}
+PREDICT_MLP = {
+    "widths": [256, 128, 64],
+    "layer_width": 10,
+    "expert_width": 5,
+    "dropout": 0.1,
+    "learning_rate": 5e-3,
+}
 # Where --tune has not been run: what `--tune 10` found on mixtral-tiny, by validation loss.
 PREDICT_MLP_TUNED = {
     "widths": [384, 384, 384],
