@@ -343,7 +343,9 @@ def collect_shard(arguments, collector: Collector, shard: Shard, with_routers: b
         shape.num_experts,
         padded=shape.top_k is None,
     )
-    journeys.write_shard(shard.file, rows, shard.run | {"layers_without_router": shape.layers_without_router})
+    found = {"layers_without_router": shape.layers_without_router, "expert_weights": shape.expert_weights,
+             "layer_weights": shape.layer_weights}  # fmt: skip
+    journeys.write_shard(shard.file, rows, shard.run | found)
     return len(rows)
 
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 import config
 from src import expert_cache, journey_measures, journey_tables, predictors, results
-from src.journeys import read_hidden, read_input, read_journeys, shard_files
+from src.journeys import read_hidden, read_input, read_journeys, shard_files, shard_run
 from src.predictors import PREDICTORS, Network, Settings
 
 # Flags that only imported records have.
@@ -113,13 +113,13 @@ def parse_arguments():
         help="of the link to host memory, GB/s; tables show the first",
     )
     parser.add_argument(
-        "--expert-mb", type=float, help="size of an expert, 1e6 bytes (default: Mixtral-8x7B in 4 bits)"
+        "--cache-model",
+        choices=("mixtral-8x7b", "own"),
+        default="mixtral-8x7b",
+        help="whose shapes, in 4 bits on an RTX 3060, give --expert-mb and --compute-ms: own is 08's model",
     )
-    parser.add_argument(
-        "--compute-ms",
-        type=float,
-        help="computing of a layer for one token (default: Mixtral-8x7B in 4 bits on an RTX 3060)",
-    )
+    parser.add_argument("--expert-mb", type=float, help="size of an expert, 1e6 bytes (default: --cache-model's)")
+    parser.add_argument("--compute-ms", type=float, help="of a layer for one token (default: --cache-model's)")
     parser.add_argument("--quick", action="store_true", default=config.QUICK, help="the quick run's, less training")
     parser.add_argument(
         "--seed", type=int, default=config.SEED, help="split, training (the first of --seeds), bootstrap"
@@ -161,14 +161,29 @@ def fill_in(arguments):
         ("epochs", config.QUICK_PREDICT_EPOCHS if quick else config.PREDICT_EPOCHS),
         ("xgboost_rounds", config.QUICK_PREDICT_XGBOOST_ROUNDS if quick else config.PREDICT_XGBOOST_ROUNDS),
         ("cache_tokens", config.QUICK_CACHE_TOKENS if quick else config.CACHE_TOKENS),
-        ("expert_mb", expert_cache.expert_bytes(*config.CACHE_EXPERT_WIDTHS, config.CACHE_BITS_PER_WEIGHT) / 1e6),
-        ("compute_ms", expert_cache.memory_bound_ms(
-            config.CACHE_LAYER_WEIGHTS, config.CACHE_BITS_PER_WEIGHT, config.CACHE_MEMORY_GB_S)),
-    ):  # fmt: skip
+    ):
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     arguments.hops = sorted(set(arguments.hops))
     return arguments
+
+
+def cache_costs(arguments, source: Path) -> None:
+    """Fill in --expert-mb and --compute-ms where they were not given; UserError where the store does not tell them."""
+    bits = config.CACHE_BITS_PER_WEIGHT
+    expert = expert_cache.expert_bytes(*config.CACHE_EXPERT_WIDTHS, bits) / 1e6
+    layer = config.CACHE_LAYER_WEIGHTS
+    if arguments.cache_model == "own":
+        shards = shard_files(source) if source.is_dir() else []
+        found = shard_run(shards[0]) if shards else {}
+        if not found.get("expert_weights") or not found.get("layer_weights"):
+            raise results.UserError(
+                f"{source} does not say how large its model's experts are; collect it again with "
+                "scripts/08_collect_journeys.py, or give --expert-mb and --compute-ms"
+            )
+        expert, layer = found["expert_weights"] * bits / 8 / 1e6, found["layer_weights"]
+    arguments.expert_mb = arguments.expert_mb or expert
+    arguments.compute_ms = arguments.compute_ms or expert_cache.memory_bound_ms(layer, bits, config.CACHE_MEMORY_GB_S)
 
 
 # -- journeys
@@ -186,6 +201,7 @@ def read_data(arguments, folder: Path) -> tuple[predictors.Data, dict]:
         )
     if report is not None:
         print(*report.lines(), sep="\n", file=sys.stderr)
+    cache_costs(arguments, source)
     hidden = read_hidden(source) if report is None and source.is_dir() else None
     longest = arguments.hops[-1]
     if longest >= len(journeys.layers):

@@ -238,12 +238,18 @@ class _SoftmaxRouter:
 
 @dataclass(frozen=True)
 class RouterShape:
-    """Which decoder layers have a router and which do not, E, and the routers' own K (None for BlockFFN)."""
+    """Which decoder layers have a router and which do not, E, and the routers' own K (None for BlockFFN).
+
+    expert_weights, layer_weights: of one expert, and those that the first layer with a router reads for one token
+    (attention, norms, router, K experts and what else it has); None where it has no module `experts`, or no K.
+    """
 
     layers: list[int]
     layers_without_router: list[int]
     num_experts: int
     top_k: int | None
+    expert_weights: int | None = None
+    layer_weights: int | None = None
 
 
 def router_shape(model: nn.Module) -> RouterShape:
@@ -260,7 +266,20 @@ def router_shape(model: nn.Module) -> RouterShape:
         device = "cpu" if hasattr(first.router, "_hf_hook") else weight.device
         output = first.router(torch.zeros(1, width, dtype=weight.dtype, device=device))
     _, experts = _logits_and_experts(first.router, output, first.index)
-    return RouterShape(sorted(softmax_routers), without, output[first.index].shape[-1], experts.shape[-1])
+    num_experts, top_k = output[first.index].shape[-1], experts.shape[-1]
+    expert, layer = _weight_counts(first.block, num_experts, top_k)
+    return RouterShape(sorted(softmax_routers), without, num_experts, top_k, expert, layer)
+
+
+def _weight_counts(block: nn.Module, num_experts: int, top_k: int) -> tuple[int | None, int | None]:
+    """(weights of one expert, weights that the layer reads for one token); None without a module `experts`."""
+    held = [module for name, module in block.named_modules() if name.rpartition(".")[2] == "experts"]
+    in_experts = sum(parameter.numel() for module in held for parameter in module.parameters())
+    if not in_experts:
+        return None, None
+    whole = sum(parameter.numel() for parameter in block.parameters())
+    expert = in_experts // num_experts
+    return expert, whole - in_experts + top_k * expert
 
 
 def router_arrays(model: nn.Module) -> dict[str, np.ndarray]:

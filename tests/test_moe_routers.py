@@ -127,7 +127,9 @@ def test_a_softmax_router_against_one_by_hand(name):
     routing = top_k.get_top_k()
     assert signals.layers == top_k.layers == list(routing.layers) == layers
     assert signals.layers_without_router == top_k.layers_without_router == without
-    assert router_shape(model) == RouterShape(layers, without, num_experts, k)
+    shape = router_shape(model)
+    assert (shape.layers, shape.layers_without_router) == (layers, without)
+    assert (shape.num_experts, shape.top_k) == (num_experts, k)
     assert routing.num_experts == num_experts and routing.experts.shape == (len(layers), 2, 7, k)
     assert routing.experts.dtype == torch.int16 and routing.gating_probs.dtype == torch.float32
     for place, layer in enumerate(layers):
@@ -139,6 +141,17 @@ def test_a_softmax_router_against_one_by_hand(name):
     np.testing.assert_allclose(routing.gating_probs.sum(-1).numpy(), 1, atol=1e-6)
     # the routers do differ between tokens: a constant answer would not pass
     assert len(np.unique(routing.experts.numpy())) > k
+
+
+def test_weights_of_an_expert_and_of_a_layer_by_hand():
+    model = moe("mixtral")
+    width, expert_width = model.config.hidden_size, model.config.intermediate_size
+    heads, head = model.config.num_attention_heads, width // model.config.num_attention_heads
+    attention = 2 * width * heads * head + 2 * width * model.config.num_key_value_heads * head
+    shape = router_shape(model)
+    assert shape.expert_weights == 3 * width * expert_width
+    assert shape.layer_weights == attention + 2 * width + 8 * width + shape.top_k * shape.expert_weights
+    assert router_shape(moe("blockffn")).expert_weights is None
 
 
 def test_signals_are_those_of_output_router_logits():

@@ -333,6 +333,7 @@ def test_recorded_mixtral_journeys(tmp_path, capsys):
         (["--input", "{store}", "--predictors", "oracle"], "oracle"),
         (["--input", "{store}", "--bandwidths", 0], "--bandwidths is 0.0; it must be above 0"),
         (["--input", "{store}", "--expert-mb", "nan"], "--expert-mb is nan"),
+        (["--input", "{store}", "--cache-model", "own"], "does not say how large its model's experts are"),
         (["--input", "{store}", "--cache-capacities", 9], "--cache-capacities 9 is more than the 5 experts"),
         (["--input", "{bare}", "--predictors", "stale_gate"], "--save-hidden"),
         (["--input", "{store}", "--split", "columns"], "columns"),
