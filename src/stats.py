@@ -14,6 +14,13 @@ How often a 95 % interval leaves out the truth (should be 5 %), in 12,000 simula
            64        6.2 %         5.6 %
 So with 40 documents of such unequal length the percentile interval misses 3.5 .. 6.5 %, and the studentised one keeps
 it, if narrowly (in 750 other simulations 6.5 % with 1,000 resamples and 6.0 % with 10,000).
+
+Paired comparisons also take sums [S, N] of S systems that were trained independently in the same way (sets of sidecars
+from S seeds) and scored on the same N documents. The estimate is the mean over sets, and what another S sets would
+change is in the interval: to each resample's error one draw of t with S - 1 degrees of freedom is added, times
+std(the sets' differences) / root(S). Their sum is the Behrens-Fisher distribution of two independent errors (Fisher
+1935), which errs on the side of wide intervals; that the sets' differences also hold a little of the documents' noise
+widens them further. With S = 3 few sets tell little: where they differ much, t's 2 degrees of freedom show it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,6 +31,7 @@ from scipy import stats
 
 # Entries (resamples x documents) that are held at once, so that memory stays small for any number of documents.
 CHUNK_ENTRIES = 2_000_000
+_NO_VARIANCE = 1e-9  # what rounding leaves of ranks from 0 to 1, whose variance is 1 / 12
 
 
 @dataclass(frozen=True)
@@ -84,11 +92,14 @@ def paired_difference(
 ) -> Interval:
     """Difference (sum(a) - sum(b)) / sum(count) of two systems on the same documents, which are resampled together.
 
-    sum_a [N], sum_b [N]: a sum per document under each system (nats); count [N]: tokens per document.
+    sum_a, sum_b: a sum per document under each system (nats), [N], or [S, N] for S independently trained sets (either
+    may be [N]: it is then the same for all sets); count [N]: tokens per document.
     Raises ValueError as `cluster_bootstrap` does.
     """
-    sum_a, sum_b, count = _checked({"sum_a": sum_a, "sum_b": sum_b, "count": count})
-    return cluster_bootstrap(sum_a - sum_b, count, resamples, seed, level, method)
+    difference, count, sets, set_error = _paired(sum_a, sum_b, count)
+    _check_draws(resamples, level)
+    estimate, drawn = _bootstrap(difference, count, resamples, seed, method, sets, set_error)
+    return _interval(estimate, drawn, level)
 
 
 def paired_p_value(sum_a, sum_b, count, resamples: int = 10_000, seed: int = 0, method: str = "percentile") -> float:
@@ -98,9 +109,9 @@ def paired_p_value(sum_a, sum_b, count, resamples: int = 10_000, seed: int = 0, 
     15.4). It is 2 * (1 + hits) / (1 + resamples), at most 1, where hits counts the resamples beyond 0: to stay small
     under Holm's correction of a large family it needs many resamples. Raises ValueError as `paired_difference` does.
     """
-    sum_a, sum_b, count = _checked({"sum_a": sum_a, "sum_b": sum_b, "count": count})
+    difference, count, sets, set_error = _paired(sum_a, sum_b, count)
     _check_draws(resamples, level=0.95)
-    _, drawn = _bootstrap(sum_a - sum_b, count, resamples, seed, method)
+    _, drawn = _bootstrap(difference, count, resamples, seed, method, sets, set_error)
     hits = int(min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0)))
     return min(1.0, 2 * (1 + hits) / (1 + len(drawn)))
 
@@ -128,20 +139,24 @@ def holm_correction(p_values: Sequence[float]) -> np.ndarray:
 def minimum_detectable_effect(sum_a, sum_b, count, power: float = 0.8, significance: float = 0.05) -> float:
     """The true paired difference that a study of these documents would find, two-sided, with probability `power`.
 
-    sum_a [N], sum_b [N], count [N] as in `paired_difference`; the result has the difference's unit (nats per token). It
-    is (t_{1 - significance / 2} + t_power) * standard error with N - 1 degrees of freedom (Bloom 1995), the standard
-    error taken between documents: that of a ratio of sums (Cochran 1977, chapter 6), N counting those with tokens.
+    Arguments as in `paired_difference`; the result has the difference's unit (nats per token). It is
+    (t_{1 - significance / 2} + t_power) * standard error (Bloom 1995), the standard error taken between documents: that
+    of a ratio of sums (Cochran 1977, chapter 6), N counting those with tokens, with N - 1 degrees of freedom. With S
+    sets their squared standard error is added, and the degrees of freedom are Satterthwaite's (1946).
     Raises ValueError as `paired_difference` does, and unless 0 < significance < power < 1.
     """
     if not 0 < significance < power < 1:
         raise ValueError(f"power is {power}, significance {significance}; give 0 < significance < power < 1")
-    sum_a, sum_b, count = _checked({"sum_a": sum_a, "sum_b": sum_b, "count": count})
+    difference, count, sets, set_error = _paired(sum_a, sum_b, count)
     num_documents = _usable(count)
-    difference = sum_a - sum_b
     residual = difference - difference.sum() / count.sum() * count
-    error = np.sqrt(num_documents / (num_documents - 1) * (residual @ residual)) / count.sum()
-    quantiles = stats.t.ppf([1 - significance / 2, power], num_documents - 1)
-    return float(quantiles.sum() * error)
+    variance = num_documents / (num_documents - 1) * (residual @ residual) / count.sum() ** 2
+    total = variance + set_error**2
+    freedom = num_documents - 1
+    if set_error > 0:
+        freedom = total**2 / (variance**2 / freedom + set_error**4 / (sets - 1))
+    quantiles = stats.t.ppf([1 - significance / 2, power], freedom)
+    return float(quantiles.sum() * np.sqrt(total))
 
 
 def equivalence_test(
@@ -163,9 +178,9 @@ def equivalence_test(
         raise ValueError(f"margin is {margin}; it must be above 0")
     if not 0 < significance < 0.5:
         raise ValueError(f"significance is {significance}; it must lie between 0 and 0.5")
-    sum_a, sum_b, count = _checked({"sum_a": sum_a, "sum_b": sum_b, "count": count})
+    difference, count, sets, set_error = _paired(sum_a, sum_b, count)
     _check_draws(resamples, 1 - 2 * significance)
-    estimate, drawn = _bootstrap(sum_a - sum_b, count, resamples, seed, method)
+    estimate, drawn = _bootstrap(difference, count, resamples, seed, method, sets, set_error)
     interval = _interval(estimate, drawn, 1 - 2 * significance)
     hits = int(max(np.count_nonzero(drawn <= -margin), np.count_nonzero(drawn >= margin)))
     inside = -margin < interval.low and interval.high < margin
@@ -207,6 +222,112 @@ def rank_correlation(x, y, clusters: Sequence, resamples: int = 1_000, seed: int
     return _interval(estimate, drawn, level)
 
 
+def partial_rank_correlation(
+    x,
+    y,
+    covariates,
+    clusters: Sequence,
+    resamples: int = 1_000,
+    seed: int = 0,
+    level: float = 0.95,
+    strata: Sequence | None = None,
+) -> Interval:
+    """Spearman's rank correlation of x [N] and y [N] given the covariates [C, N], with whole clusters resampled.
+
+    Pearson's correlation of what least squares on the covariates' mean ranks leaves of the mean ranks of x and y (Kim
+    2015, "ppcor", Communications for Statistical Applications and Methods 22). C = 0 gives the plain rank correlation.
+    clusters [N]: the document of each value. strata [N], such as layers: ranks are taken within each stratum, as
+    fractions of its size, and then pooled, so that the strata's levels do not count. Ranks are taken anew in each
+    resample; resamples that leave x or y no variance are left out.
+
+    Raises ValueError for fewer than two clusters, unequal shapes, values that are not finite, x or y that the
+    covariates' ranks determine (a constant one, say), resamples < 1 and a level outside (0, 1).
+    """
+    columns, member, stratum = _checked_ranking(x, y, covariates, clusters, strata)
+    _check_draws(resamples, level)
+    levels = [_levels(values, stratum) for values in columns]
+
+    def correlation(weights: np.ndarray) -> float:
+        return _partial_correlation(np.stack([_fractions(*ranks, weights) for ranks in levels]), weights)
+
+    estimate = correlation(np.ones(len(member)))
+    if not np.isfinite(estimate):
+        raise ValueError("x or y is constant, or a function of the covariates' ranks: it has no partial correlation")
+    draws = _draws(int(member.max()) + 1, resamples, seed)
+    drawn = np.array([correlation(row[member].astype(np.float64)) for counts in draws for row in counts])
+    drawn = drawn[np.isfinite(drawn)]
+    if not len(drawn):
+        raise ValueError("x or y has no variance of its own in any resample: too few clusters hold more than one value")
+    return _interval(estimate, drawn, level)
+
+
+def block_permutation_p(
+    x,
+    y,
+    covariates,
+    clusters: Sequence,
+    positions: Sequence[int],
+    block: int = 16,
+    permutations: int = 2_000,
+    seed: int = 0,
+    strata: Sequence | None = None,
+) -> float:
+    """Two-sided p-value of `partial_rank_correlation`: x is permuted in blocks of tokens inside each document.
+
+    positions [N]: of each value in its document; block b holds positions b * block .. (b + 1) * block - 1. The blocks
+    of a document are put in a random order, the same in all strata (layers); behind a moved short block values start
+    early. y and the covariates stay. Blocks keep the likeness of neighbouring tokens, for which permuting single tokens
+    (block = 1) finds too many correlations. What whole documents have in common stays in every permutation: it is the
+    association within documents that is tested. p = (1 + hits) / (1 + permutations) (Phipson and Smyth 2010), hits
+    counting the correlations at least as far from 0: to stay small under Holm's correction it needs many.
+
+    Other arguments and errors as in `partial_rank_correlation`; also raises ValueError for block < 1, permutations < 1
+    and two values of one document (and stratum) at the same position.
+    """
+    columns, member, stratum = _checked_ranking(x, y, covariates, clusters, strata)
+    positions = np.asarray(positions)
+    if positions.shape != member.shape:
+        raise ValueError(f"positions has shape {positions.shape}, x has {member.shape}; give one position per value")
+    if block < 1 or permutations < 1:
+        raise ValueError(f"block is {block}, permutations is {permutations}; both must be at least 1")
+    order = np.lexsort((positions, stratum, member))
+    member, stratum, positions = member[order], stratum[order], positions[order]
+    group = np.cumsum(np.diff(member, prepend=-1).astype(bool) | np.diff(stratum, prepend=-1).astype(bool)) - 1
+    if (np.diff(group) + np.abs(np.diff(positions)) == 0).any():
+        raise ValueError("two values of one document have the same position; give each layer a stratum of its own")
+    ones = np.ones(len(member))
+    x_ranks, y_ranks, *others = (_fractions(*_levels(values, stratum), ones) for values in columns[:, order])
+    # A permutation changes no rank, so the least squares on the covariates are solved once, by an orthonormal basis.
+    basis = _orthonormal(np.stack([ones, *others]))
+    y_residual = y_ranks - basis.T @ (basis @ y_ranks)
+    x_ranks = x_ranks - x_ranks.mean()
+    total, y_left = x_ranks @ x_ranks, y_residual @ y_residual
+    if min(total - ((basis @ x_ranks) ** 2).sum(), y_left) <= _NO_VARIANCE * len(member):
+        raise ValueError("x or y is constant, or a function of the covariates' ranks: it has no partial correlation")
+
+    def correlations(x: np.ndarray) -> np.ndarray:  # [P, N] -> [P]
+        left = total - ((x @ basis.T) ** 2).sum(axis=1)
+        return x @ y_residual / np.sqrt(np.maximum(left, _NO_VARIANCE * len(y_residual)) * y_left)
+
+    observed = abs(correlations(x_ranks[None])[0])
+    # One entry per block of a group: where it starts, its length, and which block of its document it is.
+    starts = np.flatnonzero(np.diff(group, prepend=-1) | np.diff(positions // block, prepend=-1))
+    lengths = np.diff(starts, append=len(member))
+    _, which = np.unique(np.stack([member[starts], positions[starts] // block]), axis=1, return_inverse=True)
+    which, rng, hits = which.ravel(), np.random.default_rng(seed), 0
+    chunk = max(1, CHUNK_ENTRIES // len(member))
+    for first in range(0, permutations, chunk):
+        size = min(chunk, permutations - first)
+        keys = rng.random((size, int(which.max()) + 1))[:, which]
+        shuffled = np.argsort(group[starts] + keys, axis=1)
+        ends = np.cumsum(lengths[shuffled], axis=1)
+        shifts = np.repeat((starts[shuffled] + lengths[shuffled] - ends).ravel(), lengths[shuffled].ravel())
+        sources = shifts.reshape(size, -1) + np.arange(len(member))
+        # an order that moves nothing must count as a hit, whatever the rounding
+        hits += int(np.count_nonzero(np.abs(correlations(x_ranks[sources])) >= observed - 1e-12))
+    return (1 + hits) / (1 + permutations)
+
+
 def _checked(named: dict[str, Sequence]) -> list[np.ndarray]:
     """The values as float64 arrays [N]; ValueError, naming the argument, unless of one shape and finite."""
     arrays = {name: np.asarray(values, dtype=np.float64) for name, values in named.items()}
@@ -220,6 +341,30 @@ def _checked(named: dict[str, Sequence]) -> list[np.ndarray]:
             position = int(np.flatnonzero(~np.isfinite(values))[0])
             raise ValueError(f"{name} is {values[position]} at position {position}; every value must be finite")
     return list(arrays.values())
+
+
+def _paired(sum_a, sum_b, count) -> tuple[np.ndarray, np.ndarray, int, float]:
+    """(mean difference [N] over sets, count [N], number of sets S, standard error of S sets' ratio of sums; 0 for one).
+
+    sum_a, sum_b: [N] or [S, N]. Raises ValueError for shapes that do not fit and values that are not finite.
+    """
+    (count,) = _checked({"count": count})
+    arrays = {"sum_a": np.asarray(sum_a, dtype=np.float64), "sum_b": np.asarray(sum_b, dtype=np.float64)}
+    sets = max(len(values) if values.ndim == 2 else 1 for values in arrays.values())
+    for name, values in arrays.items():
+        if values.shape not in (count.shape, (sets, *count.shape)):
+            raise ValueError(
+                f"{name} has shape {values.shape}, count has {count.shape}; give one value per document, "
+                f"for all {sets} sets or alike for them"
+            )
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} is not finite at {np.argwhere(~np.isfinite(values))[0].tolist()}")
+    difference = np.atleast_2d(arrays["sum_a"] - arrays["sum_b"])
+    if not count.sum() > 0:
+        _usable(count)  # raises
+    ratios = difference.sum(axis=1) / count.sum()
+    set_error = float(ratios.std(ddof=1) / np.sqrt(sets)) if sets > 1 else 0.0
+    return difference.mean(axis=0), count, sets, set_error
 
 
 def _check_draws(resamples: int, level: float) -> None:
@@ -251,9 +396,17 @@ def _usable(denominator: np.ndarray) -> int:
 
 
 def _bootstrap(
-    numerator: np.ndarray, denominator: np.ndarray, resamples: int, seed: int, method: str
+    numerator: np.ndarray,
+    denominator: np.ndarray,
+    resamples: int,
+    seed: int,
+    method: str,
+    sets: int = 1,
+    set_error: float = 0.0,
 ) -> tuple[float, np.ndarray]:
     """Ratio of sums, and a distribution for it: one value for each resample whose denominator is not 0.
+
+    sets, set_error: of independently trained systems, whose own error is added (see the module's docstring).
 
     "percentile": the resampled ratios. "studentised": estimate - t * standard error for each resample's t, so that the
     quantiles of either are the limits of its interval.
@@ -266,13 +419,20 @@ def _bootstrap(
     if method == "percentile":
         sums = np.concatenate([counts @ values for counts in _draws(len(values), resamples, seed)])
         sums = sums[sums[:, 1] > 0]
-        return estimate, sums[:, 0] / sums[:, 1]
+        return estimate, _with_sets(sums[:, 0] / sums[:, 1], sets, set_error, seed)
     values[:, 0] -= estimate * denominator  # the deviations from the estimate, which sum to 0
     # The standard error of a ratio of sums is root(sum of squared deviations from that ratio) / sum of denominators.
     # The factor N / (N - 1) under the root would be the same in each resample: it cancels.
     error = np.linalg.norm(values[:, 0]) / denominator.sum()
     t = np.concatenate([_t_values(counts, values) for counts in _draws(len(values), resamples, seed)])
-    return estimate, estimate - t * error
+    return estimate, _with_sets(estimate - t * error, sets, set_error, seed)
+
+
+def _with_sets(drawn: np.ndarray, sets: int, set_error: float, seed: int) -> np.ndarray:
+    """`drawn` [R] with the error of independently trained sets added; as it is where there is none."""
+    if set_error == 0.0:
+        return drawn
+    return drawn + set_error * np.random.default_rng([seed, sets]).standard_t(sets - 1, len(drawn))
 
 
 def _t_values(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -310,3 +470,55 @@ def _weighted_correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> 
     y = y - np.average(y, weights=weights)
     variances = (weights @ (x * x)) * (weights @ (y * y))
     return float(weights @ (x * y) / np.sqrt(variances)) if variances > 0 else float("nan")
+
+
+def _checked_ranking(x, y, covariates, clusters, strata) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(x, y and covariates [2 + C, N], number of each value's cluster [N], of its stratum [N]); ValueError as named."""
+    covariates = np.asarray(covariates, dtype=np.float64)
+    if covariates.ndim != 2:
+        raise ValueError(f"covariates has shape {covariates.shape}; give [C, N], C rows of one value each")
+    named = {"x": x, "y": y} | {f"covariates[{index}]": row for index, row in enumerate(covariates)}
+    columns = np.stack(_checked(named))
+    numbers = []
+    for name, values in (("clusters", clusters), ("strata", np.zeros(columns.shape[1]) if strata is None else strata)):
+        numbers.append(np.unique(np.asarray(values), return_inverse=True)[1])
+        if numbers[-1].shape != columns[0].shape:
+            raise ValueError(f"{name} has shape {numbers[-1].shape}, x has {columns[0].shape}; give one per value")
+    if numbers[0].max() == 0:
+        raise ValueError("all values belong to 1 cluster; a bootstrap over clusters needs at least 2")
+    return columns, *numbers
+
+
+def _levels(values: np.ndarray, stratum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct (stratum, value) pairs, numbered upwards: the number of each value [N], and each pair's stratum."""
+    _, level = np.unique(values, return_inverse=True)
+    pairs, level = np.unique(stratum * (level.max() + 1) + level, return_inverse=True)
+    strata = np.empty(len(pairs), dtype=np.int64)
+    strata[level] = stratum
+    return level, strata
+
+
+def _fractions(level: np.ndarray, strata: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean ranks [N] within strata, from 0 to 1, of values (numbered by `_levels`) that count `weights` [N] times."""
+    counts = np.bincount(level, weights=weights)
+    sizes = np.bincount(strata, weights=counts)
+    ranks = np.cumsum(counts) - counts / 2 - (np.cumsum(sizes) - sizes)[strata]
+    return (ranks / np.maximum(sizes, 1)[strata])[level]
+
+
+def _partial_correlation(columns: np.ndarray, weights: np.ndarray) -> float:
+    """Pearson correlation of columns 0 and 1 of [2 + C, N] given the others, weighted; NaN where none is left."""
+    columns = columns - (columns @ weights / weights.sum())[:, None]
+    covariance = (columns * weights) @ columns.T
+    # what least squares on the covariates leaves; collinear ones count once
+    inverse = np.linalg.pinv(covariance[2:, 2:], rcond=1e-10, hermitian=True)
+    left = covariance[:2, :2] - covariance[:2, 2:] @ inverse @ covariance[2:, :2]
+    if (np.diag(left) <= _NO_VARIANCE * weights.sum()).any():
+        return float("nan")
+    return float(left[0, 1] / np.sqrt(left[0, 0] * left[1, 1]))
+
+
+def _orthonormal(rows: np.ndarray) -> np.ndarray:
+    """Orthonormal basis [at most K, N] of the space that rows [K, N] span."""
+    _, singular, basis = np.linalg.svd(rows, full_matrices=False)
+    return basis[singular > 1e-10 * singular[0]]

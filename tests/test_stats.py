@@ -1,8 +1,11 @@
 """src/stats.py against scipy's bootstrap, closed forms, resampling by hand, coverage, and a simulated null."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
+from scipy.signal import lfilter
 
 from src import stats
 
@@ -136,7 +139,153 @@ def test_rank_correlation_is_one_for_a_monotone_map():
     assert [interval.estimate, interval.low, interval.high] == pytest.approx([1, 1, 1])
 
 
+def confounded(num_documents: int = 12, seed: int = 17):
+    """x and y [N] with ties that share three covariates [3, N], documents [N] and positions [N]."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(20, 50, num_documents)
+    clusters = np.repeat([f"doc {i}" for i in range(num_documents)], lengths)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    covariates = np.stack([positions, rng.integers(0, 5, len(positions)), rng.exponential(size=len(positions))])
+    both = covariates[2] + 0.02 * positions
+    x = np.round(both + rng.normal(0, 1, len(both)))
+    return x, both + 0.3 * x + rng.normal(0, 1, len(both)), covariates, clusters, positions
+
+
+def inverse_partial(ranks: np.ndarray) -> float:
+    """Partial correlation of rows 0 and 1 given the others, from the inverse of the correlation matrix."""
+    inverse = np.linalg.inv(np.corrcoef(ranks))
+    return -inverse[0, 1] / np.sqrt(inverse[0, 0] * inverse[1, 1])
+
+
+def test_partial_rank_correlation_of_one_covariate_has_its_closed_form():
+    x, y, covariates, clusters, _ = confounded()
+    z = covariates[2]
+    xy, xz, yz = (scipy_stats.spearmanr(a, b).statistic for a, b in ((x, y), (x, z), (y, z)))
+    ours = stats.partial_rank_correlation(x, y, z[None], clusters, resamples=10)
+    assert ours.estimate == pytest.approx((xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2)), rel=1e-10)
+    assert abs(ours.estimate - xy) > 0.1
+
+
+def test_partial_rank_correlation_equals_the_inverse_matrix_on_every_resample():
+    x, y, covariates, clusters, _ = confounded()
+    ours = stats.partial_rank_correlation(x, y, covariates, clusters, resamples=200, seed=11)
+    names, columns = np.unique(clusters), np.stack([x, y, *covariates])
+    drawn = []
+    for row in np.random.default_rng(11).multinomial(12, np.full(12, 1 / 12), size=200):
+        rows = [np.flatnonzero(clusters == name) for name, times in zip(names, row, strict=True) for _ in range(times)]
+        drawn.append(inverse_partial(scipy_stats.rankdata(columns[:, np.concatenate(rows)], axis=1)))
+    assert ours.estimate == pytest.approx(inverse_partial(scipy_stats.rankdata(columns, axis=1)), rel=1e-9)
+    assert [ours.low, ours.high] == pytest.approx(list(np.quantile(drawn, [0.025, 0.975])), rel=1e-9)
+    again = np.stack([*covariates, covariates[0] ** 3, np.ones(len(x))])  # says nothing new
+    assert stats.partial_rank_correlation(x, y, again, clusters, 10).estimate == pytest.approx(ours.estimate, rel=1e-9)
+
+
+def test_without_covariates_it_is_the_rank_correlation():
+    x, y, covariates, clusters, _ = confounded()
+    ours = stats.partial_rank_correlation(x, y, covariates[:0], clusters, resamples=100, seed=5)
+    plain = stats.rank_correlation(x, y, clusters, resamples=100, seed=5)
+    assert [ours.estimate, ours.low, ours.high] == pytest.approx([plain.estimate, plain.low, plain.high], rel=1e-9)
+
+
+def test_ranks_within_strata_are_pooled_on_every_resample():
+    x, y, covariates, clusters, _ = confounded()
+    strata = np.repeat([4, 2, 9], [len(x), len(x), len(x) // 2])  # the last one smaller
+    index = np.concatenate([np.arange(len(x))] * 3)[: len(strata)]
+    rng = np.random.default_rng(18)
+    columns = np.stack([x, y, *covariates])[:, index] + 0.5 * rng.normal(size=(5, len(index)))
+    columns[:2] += 100 * strata  # levels that must not count
+    clusters = clusters[index]
+    ours = stats.partial_rank_correlation(*columns[:2], columns[2:], clusters, 50, seed=11, strata=strata)
+    names = np.unique(clusters)
+
+    def by_hand(chosen):
+        ranks = np.empty((5, len(chosen)))
+        for stratum in (4, 2, 9):
+            inside = strata[chosen] == stratum
+            ranks[:, inside] = (scipy_stats.rankdata(columns[:, chosen[inside]], axis=1) - 0.5) / inside.sum()
+        return inverse_partial(ranks)
+
+    drawn = []
+    for row in np.random.default_rng(11).multinomial(12, np.full(12, 1 / 12), size=50):
+        rows = [np.flatnonzero(clusters == name) for name, times in zip(names, row, strict=True) for _ in range(times)]
+        drawn.append(by_hand(np.concatenate(rows)))
+    assert ours.estimate == pytest.approx(by_hand(np.arange(len(strata))), rel=1e-9)
+    assert [ours.low, ours.high] == pytest.approx(list(np.quantile(drawn, [0.025, 0.975])), rel=1e-9)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_block_permutation_against_all_orders_of_the_blocks(layers):
+    rng = np.random.default_rng(19 + layers)
+    lengths = (11, 9)  # blocks of 4: two whole ones and a short one in each document, 36 orders
+    cells = [(d, k, t) for d, length in enumerate(lengths) for k in range(layers) for t in range(length)]
+    document, stratum, position = np.array(cells).T
+    x, noise, z = rng.normal(size=(3, len(cells)))
+    y = 0.2 * x + noise + document
+
+    def partial(x):
+        ranks = np.empty((3, len(x)))
+        for k in range(layers):
+            inside = stratum == k
+            ranks[:, inside] = (scipy_stats.rankdata(np.stack([x, y, z])[:, inside], axis=1) - 0.5) / inside.sum()
+        return inverse_partial(ranks)
+
+    def permuted(orders):
+        moved = np.empty_like(x)
+        for d, order in enumerate(orders):
+            for k in range(layers):
+                own = np.flatnonzero((document == d) & (stratum == k))
+                moved[own] = np.concatenate([x[own[4 * b : 4 * b + 4]] for b in order])
+        return moved
+
+    every = [partial(permuted(orders)) for orders in itertools.product(itertools.permutations(range(3)), repeat=2)]
+    expected = np.mean(np.abs(every) >= abs(partial(x)) - 1e-9)
+    assert 0.05 < expected < 0.95
+    mixed = rng.permutation(len(cells))  # the order in which cells come does not matter
+    arguments = (x[mixed], y[mixed], z[None, mixed], document[mixed], position[mixed], 4, 4_000, 1, stratum[mixed])
+    p = stats.block_permutation_p(*arguments)
+    assert p == pytest.approx(expected, abs=4 * np.sqrt(expected * (1 - expected) / 4_000))
+    assert p == stats.block_permutation_p(*arguments)
+
+
+def test_block_permutation_does_not_depend_on_the_chunk(monkeypatch):
+    x, y, covariates, clusters, positions = confounded()
+    y = np.random.default_rng(20).permutation(y)
+    first = stats.block_permutation_p(x, y, covariates, clusters, positions, permutations=300)
+    assert 0.02 < first < 1
+    monkeypatch.setattr(stats, "CHUNK_ENTRIES", 7 * len(x))
+    assert stats.block_permutation_p(x, y, covariates, clusters, positions, permutations=300) == first
+
+
+def test_block_permutation_is_of_the_partial_correlation():
+    """x and y share only a covariate: a tenth of 100 runs at most is significant, without the covariate all are."""
+    rng = np.random.default_rng(21)
+    clusters, positions = np.repeat(np.arange(6), 80), np.tile(np.arange(80), 6)
+    found = {1: 0, 0: 0}
+    for seed in range(100):
+        shared = rng.uniform(size=480)
+        x, y = shared + rng.uniform(size=(2, 480))
+        for count in found:
+            p = stats.block_permutation_p(x, y, shared[None][:count], clusters, positions, 16, 99, seed)
+            found[count] += p <= 0.05
+    assert found[1] <= 11 and found[0] == 100  # 5, and three standard errors
+
+
+def test_blocks_keep_the_level_where_single_tokens_do_not():
+    """Independent series, each with the memory of neighbouring tokens: AR(1) with 0.7, six documents of 160 tokens."""
+    rng = np.random.default_rng(22)
+    clusters, positions = np.repeat(np.arange(6), 160), np.tile(np.arange(160), 6)
+    found = {16: 0, 1: 0}
+    for seed in range(300):
+        x, y = lfilter([1], [1, -0.7], rng.normal(size=(2, 6, 200)))[:, :, 40:].reshape(2, -1)
+        for block in found:
+            p = stats.block_permutation_p(x, y, positions[None], clusters, positions, block, 199, seed)
+            found[block] += p <= 0.05
+    assert 0.02 <= found[16] / 300 <= 0.09  # 0.05, and three standard errors of 300 runs
+    assert found[1] / 300 > 0.15
+
+
 ONES = np.ones(4)
+NONE = np.empty((0, 4))
 
 
 @pytest.mark.parametrize(
@@ -165,6 +314,32 @@ ONES = np.ones(4)
         (lambda: stats.rank_correlation(np.arange(4), np.arange(4), list("aaaa")), "1 cluster"),
         (lambda: stats.rank_correlation(np.arange(4), ONES, list("aabb")), "y is constant"),
         (lambda: stats.rank_correlation(np.arange(4), np.arange(4), list("ab")), "clusters has shape"),
+        (
+            lambda: stats.partial_rank_correlation(np.arange(4), np.arange(4), ONES, list("aabb")),
+            r"covariates has shape",
+        ),
+        (lambda: stats.partial_rank_correlation(np.arange(4), ONES, NONE, list("aabb")), "y is constant"),
+        (
+            lambda: stats.partial_rank_correlation([1, 3, 2, 4], [2, 3, 5, 8], [[1, 3, 2, 4]], list("aabb")),
+            "covariates'",
+        ),
+        (
+            lambda: stats.partial_rank_correlation(np.arange(4), np.arange(4), [[1, 2, np.nan, 3]], "aabb"),
+            "s.0. is nan",
+        ),
+        (lambda: stats.partial_rank_correlation(np.arange(4), np.arange(4), NONE, list("aaaa")), "1 cluster"),
+        (lambda: stats.partial_rank_correlation(np.arange(4), np.arange(4), NONE, [1, 2]), "clusters has shape"),
+        (lambda: stats.partial_rank_correlation(np.arange(4), np.arange(4), NONE, [1, 1, 2, 2], 0), "resamples is 0"),
+        (lambda: stats.block_permutation_p(np.arange(4), ONES, NONE, [1, 1, 2, 2], [0, 1, 0, 1]), "y is constant"),
+        (lambda: stats.block_permutation_p(np.arange(4), np.arange(4), NONE, [1, 1, 2, 2], [0, 1]), "positions has sh"),
+        (
+            lambda: stats.block_permutation_p(np.arange(4), np.arange(4), NONE, [1, 1, 2, 2], [0, 0, 0, 1]),
+            "same position",
+        ),
+        (
+            lambda: stats.block_permutation_p(np.arange(4), np.arange(4), NONE, [1, 1, 2, 2], [0, 1, 0, 1], 0),
+            "block is 0",
+        ),
         (lambda: stats.rank_correlation([np.inf, 1, 2, 3], ONES, list("aabb")), "x is inf at position 0"),
     ],
 )
