@@ -15,12 +15,13 @@ They are made with the whole document at hand (`MaskGate.uses_document`), so non
 that makes masks checks the counts before it returns.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from src.gates import document_key, hash_uniform, sparsity
 from src.text_data import TokenDocument, score_windows
@@ -48,6 +49,16 @@ CONTROLS = (
 )
 # What `collect_scores` measures; token frequency needs no model.
 MODEL_SCORES = tuple(name for name in LARGEST_TO_MAMBA if name != "token_frequency")
+# What a router says of a token: post-ReLU activations [.., E] -> [..].
+MEASURES = {
+    "sparsity": sparsity,
+    "entropy": lambda activations: _entropy(activations.float().clamp_min(0)),
+    "sum": lambda activations: activations.float().sum(dim=-1),
+    "top": lambda activations: activations.amax(dim=-1),
+}
+SOURCES = ("previous", "lookahead", "self")  # whose router: as `gates.SIGNALS`, and the layer's true one
+# For correlations with sensitivity; self_sparsity is a control too.
+ROUTER_SIGNALS = tuple(f"{source}_{measure}" for source in SOURCES for measure in MEASURES)
 
 Masks = Mapping[str, Mapping[int, np.ndarray]]
 
@@ -224,13 +235,17 @@ def collect_scores(
     names: Sequence[str],
     max_seq_len: int,
     stride: int,
+    progress: str | None = None,
 ) -> dict[str, dict[str, dict[int, np.ndarray]]]:
     """Scores of the base model's tokens: name -> document id -> layer -> [N] float32, from one pass over the documents.
 
     previous_surprisal: -log p(token at the position | tokens before it), nats: the token just read, before the one
         that is to be predicted, so no hindsight; 0 at position 0, alike for all layers.
     hidden_norm, residual_norm: Euclidean norm of the layer's normed input, and of the residual stream before the norm.
-    self_sparsity: of the layer's own router, which runs after its attention.
+    <source>_<measure> (ROUTER_SIGNALS): source previous is the router of layer l - 1, lookahead layer l's own router on
+        the normed input of the layer, self layer l's router where it runs, after the attention. Measures of its
+        post-ReLU activations: sparsity (`gates.sparsity`), entropy of the positive ones over their sum (nats, 0 where
+        there are none), sum, and top (the largest).
     attention_entropy: of the row of attention weights, nats, mean over heads. Grows with the position (at most log of
         the number of keys). Attention runs eagerly meanwhile, so rounding may differ from a pass without it.
     recall_error: Euclidean norm of attention(x) - mamba(x), x being the layer's normed input in the base model.
@@ -238,7 +253,7 @@ def collect_scores(
     The windows are those of `text_data.score_windows`, one per forward (no padding, so no score depends on a batch);
     a position that several of them hold counts as in the earliest, as in `GateRecord`. Attached sidecars must be
     bypassed (`bypass_sidecars`); recall_error needs them on every layer named. Hooks, training mode and attention
-    implementation are put back, whatever happens.
+    implementation are put back, whatever happens. `progress` labels a progress bar over documents.
 
     Raises ValueError for unknown names, layers that are not there, attached sidecars that are not bypassed, no or empty
     documents, and models without what a score reads (a router, a sidecar, eager attention).
@@ -248,7 +263,7 @@ def collect_scores(
     device = model.get_input_embeddings().weight.device
     wants_logits = "previous_surprisal" in names
     with torch.no_grad(), _base_pass(model, "attention_entropy" in names), _watching(model, layers, names) as seen:
-        for document in token_documents:
+        for document in tqdm(token_documents, desc=progress, disable=progress is None, leave=False):
             inputs = len(document.ids) - 1
             surprisal = np.zeros(inputs, dtype=np.float32)
             for name in names:
@@ -273,9 +288,10 @@ def collect_scores(
 
 
 def _check_request(model, token_documents, layers, names) -> None:
-    unknown = sorted(set(names) - set(MODEL_SCORES))
+    known = [*MODEL_SCORES, *(name for name in ROUTER_SIGNALS if name not in MODEL_SCORES)]
+    unknown = sorted(set(names) - set(known))
     if unknown:
-        raise ValueError(f"unknown score {unknown[0]!r}; a model gives {', '.join(MODEL_SCORES)}")
+        raise ValueError(f"unknown score {unknown[0]!r}; a model gives {', '.join(known)}")
     if not token_documents:
         raise ValueError("there are no documents to collect scores from")
     for document in token_documents:
@@ -285,8 +301,12 @@ def _check_request(model, token_documents, layers, names) -> None:
     for layer in layers:
         if not 0 <= layer < len(blocks):
             raise ValueError(f"layer {layer} is not there: the model has layers 0 to {len(blocks) - 1}")
-        if "self_sparsity" in names and not hasattr(blocks[layer].mlp, "router_act_fn"):
-            raise ValueError(f"self_sparsity needs a BlockFFN router, which layer {layer} has not")
+        for name in (name for name in names if name in ROUTER_SIGNALS):
+            source = layer - name.startswith("previous")
+            if source < 0:
+                raise ValueError(f"{name}: layer 0 has no previous layer's router; choose layers from 1 on")
+            if not hasattr(blocks[source].mlp, "router_act_fn"):
+                raise ValueError(f"{name} needs a BlockFFN router, which layer {source} has not")
         if "recall_error" in names and not hasattr(blocks[layer].self_attn, "sidecar"):
             raise ValueError(f"recall_error needs a sidecar beside the attention of layer {layer}; attach them first")
     # any attached layer, named or not, would change what the layers behind it see
@@ -321,6 +341,10 @@ def _watching(
     def keep(name, layer, values):
         seen[name][layer] = values[0].float().cpu().numpy()
 
+    def keep_router(source, layer, activations):
+        for measure in _measures(source, seen):
+            keep(f"{source}_{measure}", layer, MEASURES[measure](activations))
+
     def before_layer(layer):
         def hook(_module, args, kwargs):
             keep("residual_norm", layer, _hidden_states(args, kwargs).float().norm(dim=-1))
@@ -339,12 +363,16 @@ def _watching(
             if "recall_error" in seen:
                 difference = output[0].float() - module.sidecar(hidden_states).float()
                 keep("recall_error", layer, difference.norm(dim=-1))
+            if _measures("lookahead", seen):
+                mlp = model.model.layers[layer].mlp
+                # `.forward`: this call is ours, hooks on the router's own pass must not see it
+                keep_router("lookahead", layer, mlp.router_act_fn.forward(mlp.router_proj.forward(hidden_states)))
 
         return hook
 
-    def after_router(layer):
+    def after_router(source, layer):
         def hook(_module, _args, output):
-            keep("self_sparsity", layer, sparsity(output))
+            keep_router(source, layer, output)
 
         return hook
 
@@ -353,14 +381,27 @@ def _watching(
             block = model.model.layers[layer]
             if "residual_norm" in seen:
                 handles.append(block.register_forward_pre_hook(before_layer(layer), with_kwargs=True))
-            if {"hidden_norm", "attention_entropy", "recall_error"} & set(seen):
+            if {"hidden_norm", "attention_entropy", "recall_error"} & set(seen) or _measures("lookahead", seen):
                 handles.append(block.self_attn.register_forward_hook(after_attention(layer), with_kwargs=True))
-            if "self_sparsity" in seen:
-                handles.append(block.mlp.router_act_fn.register_forward_hook(after_router(layer)))
+            for source, index in (("previous", layer - 1), ("self", layer)):
+                if _measures(source, seen):
+                    router = model.model.layers[index].mlp.router_act_fn
+                    handles.append(router.register_forward_hook(after_router(source, layer)))
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _measures(source: str, names: Iterable[str]) -> list[str]:
+    """The measures of one source's router among the names."""
+    return [measure for measure in MEASURES if f"{source}_{measure}" in names]
+
+
+def _entropy(activations: torch.Tensor) -> torch.Tensor:
+    """Entropy [..] in nats of non-negative values [.., E] over their sum; 0 where all are 0."""
+    total = activations.sum(dim=-1, keepdim=True)
+    return torch.special.entr(activations / total.clamp_min(torch.finfo(total.dtype).tiny)).sum(dim=-1)
 
 
 def _hidden_states(args: tuple, kwargs: dict) -> torch.Tensor:
