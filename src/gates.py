@@ -2,10 +2,10 @@
 
     y = (1 - m) * attention(x) + m * mamba(x)        m = 0 attention only, m = 1 Mamba only
 
-A gate is a small frozen dataclass; `mamba_share` applies it to one layer of one forward pass. Routing and learned gates
-have a score per token (sparsity, or a linear map of the layer's input): the higher, the more Mamba. A soft gate passes
-the score through a sigmoid, a hard gate through a threshold. Calibrated gates hold each layer's scores on calibration
-text (`ScoreDistribution`), from which threshold or centre follow for any share asked.
+A gate is a small frozen dataclass; `mamba_share` applies it to one layer of one forward pass. Routing, activation and
+learned gates have a score per token (sparsity, or a linear map of the layer's input): the higher, the more Mamba. A
+soft gate passes the score through a sigmoid, a hard gate through a threshold. Calibrated gates hold each layer's scores
+on calibration text (`ScoreDistribution`), from which threshold or centre follow for any share asked.
 
 Every gate but `MaskGate` is deployable: it looks at no later token. Sparsity takes only E + 1 values, so a threshold
 alone misses its share; tokens exactly at it are split by a hash of (seed, layer, document key, position), which
@@ -102,6 +102,43 @@ class RoutingGate:
 
 
 @dataclass(frozen=True, eq=False)
+class ActivationGate:
+    """The sparser a token's feed-forward layer, the more Mamba: for dense gated MLPs, which have no router.
+
+    The score is layer l - 1's FFN activation sparsity: the fraction of its neurons with |h| < cutoff, where
+    h = act_fn(gate_proj(x)) * up_proj(x) (`activation_sparsity`). There is no lookahead.
+
+    quantile: mean sparsity that the cutoffs give on calibration text. At the median, 0.5, a score has equal room both
+        ways, and how far the tails reach (tiny or huge activations) does not matter.
+    cutoffs: layer whose neurons are counted -> cutoff, > 0. From `calibrate_gates`, or an earlier gate's; a gate
+        without them cannot be set.
+    Other fields as in `RoutingGate`; without distributions its threshold is the quantile.
+    """
+
+    alpha: float = 0.5
+    quantile: float = 0.5
+    hard: bool = False
+    temperature: float = 0.1
+    seed: int = 0
+    cutoffs: Mapping[int, float] | None = None
+    distributions: Distributions | None = None
+    mode = "ffn_sparsity"
+    signal = "ffn_previous"
+    uses_document = False
+
+    def __post_init__(self):
+        check_alpha(self.alpha)
+        _check_temperature(self.temperature)
+        if not 0.0 < self.quantile < 1.0:
+            raise ValueError(f"quantile of the activations is {self.quantile}; it must lie inside (0, 1)")
+
+    @property
+    def threshold(self) -> float:
+        """Score at which an uncalibrated gate changes over: the mean one."""
+        return self.quantile
+
+
+@dataclass(frozen=True, eq=False)
 class LearnedGate:
     """A linear map of the layer's input, w.x + b (`GatedHybridLayer.gate_proj`), as the score.
 
@@ -151,7 +188,8 @@ class MaskGate:
     uses_document = True
 
 
-Gate = FixedGate | RoutingGate | LearnedGate | RandomGate | MaskGate
+ScoredGate = RoutingGate | ActivationGate | LearnedGate
+Gate = FixedGate | ScoredGate | RandomGate | MaskGate
 
 
 @dataclass(frozen=True)
@@ -296,6 +334,13 @@ def sparsity(router_activations: torch.Tensor) -> torch.Tensor:
     return zeros.float() / router_activations.shape[-1]
 
 
+def activation_sparsity(activations: torch.Tensor, cutoff: float) -> torch.Tensor:
+    """Fraction of neurons with |h| < cutoff: activations h [.., I] of I neurons -> [..] float32."""
+    # float32 first: a tiny cutoff (exact zeros only) would be 0 in float16
+    below = (activations.float().abs() < cutoff).sum(dim=-1)
+    return below.float() / activations.shape[-1]
+
+
 def document_key(document_id: str) -> int:
     """A document's int64 key in the hash: the first 8 bytes of its id's sha256."""
     return int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "little", signed=True)
@@ -344,14 +389,14 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError(f"gate temperature is {temperature}; it must be positive")
 
 
-def _hard_cut(gate: RoutingGate | LearnedGate, layer: int, alpha: float) -> tuple[float, float]:
+def _hard_cut(gate: ScoredGate, layer: int, alpha: float) -> tuple[float, float]:
     if gate.distributions is not None:
         return _cached_cut(_layer_distribution(gate, layer), alpha, getattr(gate, "invert", False))
     threshold = getattr(gate, "threshold", 0.0)
     return (-threshold if getattr(gate, "invert", False) else threshold), 1.0
 
 
-def _soft_centre(gate: RoutingGate | LearnedGate, layer: int, alpha: float) -> float:
+def _soft_centre(gate: ScoredGate, layer: int, alpha: float) -> float:
     inverted = getattr(gate, "invert", False)
     if gate.distributions is not None:
         return _cached_centre(_layer_distribution(gate, layer), alpha, gate.temperature, inverted)
@@ -359,7 +404,7 @@ def _soft_centre(gate: RoutingGate | LearnedGate, layer: int, alpha: float) -> f
     return (-threshold if inverted else threshold) - gate.temperature * math.log(alpha / (1.0 - alpha))
 
 
-def _layer_distribution(gate: RoutingGate | LearnedGate, layer: int) -> ScoreDistribution:
+def _layer_distribution(gate: ScoredGate, layer: int) -> ScoreDistribution:
     if layer not in gate.distributions:
         raise ValueError(f"the gate is calibrated for layers {sorted(gate.distributions)}, not for layer {layer}")
     return gate.distributions[layer]

@@ -38,19 +38,22 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from src.eval_utils import WindowRef
 from src.gates import (
+    ActivationGate,
     Gate,
     GateInputs,
     LearnedGate,
     MaskGate,
     RoutingGate,
+    ScoredGate,
     ScoreDistribution,
+    activation_sparsity,
     document_key,
     make_gate,
     mamba_share,
     sparsity,
     with_alpha,
 )
-from src.model_loading import decoder_layers
+from src.model_loading import decoder_layers, is_gated_mlp
 from src.text_data import TokenDocument
 
 INITS = ("random", "attention")
@@ -274,7 +277,7 @@ class ForwardState:
     past: tokens in the cache before this pass. padding_mask [B, T] True for real tokens, or None (all real).
     document_keys [B], positions [B, T] int64: see `GateInputs`. documents: id per row, or None where not told;
     starts: first position of each row's window.
-    sparsity: layer -> [B, T] of the routers that have run.
+    sparsity: layer -> [B, T] of the routers (or dense feed-forward layers) that have run.
     """
 
     past: int
@@ -393,7 +396,7 @@ class SidecarAttachment:
         self.score_noise: dict[int, torch.Tensor] | None = None
         self._told: list[WindowRef] | None = None
         self._rows: tuple[list[str] | None, torch.Tensor, list[int]] | None = None
-        self._router_hooks: list = []
+        self._signal_hooks: list = []
         self._model_hook = model.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     @property
@@ -418,6 +421,17 @@ class SidecarAttachment:
     def set_gate(self, gate: Gate) -> None:
         """See the function `set_gate`."""
         hooks = []
+        if isinstance(gate, ActivationGate):
+            sources = self.activation_sources()
+            absent = sorted(set(sources) - set(gate.cutoffs or {}))
+            if absent:
+                raise ValueError(
+                    f"the activation gate has no cutoff for layer {', '.join(map(str, absent))}: "
+                    "take the gate that calibrate_gates returns for these layers"
+                )
+            hooks = [
+                (module, self._activation_hook(source, gate.cutoffs[source])) for source, module in sources.items()
+            ]
         if isinstance(gate, RoutingGate):
             if gate.signal == "previous" and self.layers[0] == 0:
                 raise ValueError(
@@ -431,14 +445,33 @@ class SidecarAttachment:
                 if not hasattr(mlp, "router_proj") or not hasattr(mlp, "router_act_fn"):
                     raise ValueError(
                         f"a routing gate needs a BlockFFN router, which layer {source} of this "
-                        f"{self.model.config.model_type} model has not: use gate mode fixed, learned or random"
+                        f"{self.model.config.model_type} model has not: use gate mode fixed, learned or random, or an "
+                        "ActivationGate"
                     )
                 if gate.signal == "previous":
-                    hooks.append((source, mlp.router_act_fn))
-        for hook in self._router_hooks:
+                    hooks.append((mlp.router_act_fn, self._router_hook(source)))
+        for hook in self._signal_hooks:
             hook.remove()
-        self._router_hooks = [module.register_forward_hook(self._router_hook(source)) for source, module in hooks]
+        self._signal_hooks = [module.register_forward_hook(hook) for module, hook in hooks]
         self.gate = gate
+
+    def activation_sources(self) -> dict[int, nn.Module]:
+        """For every attached layer l: l - 1 -> `down_proj` of its MLP, whose input is the activations h [B, T, I].
+
+        Raises ValueError where layer 0 is attached, and for an MLP that is not dense and gated.
+        """
+        if self.layers[0] == 0:
+            raise ValueError("layer 0 has no layer before it: with signal 'ffn_previous' choose layers from 1 on")
+        sources = {}
+        for source in (index - 1 for index in self.layers):
+            mlp = getattr(decoder_layers(self.model)[source], "mlp", None)
+            if not is_gated_mlp(mlp):
+                raise ValueError(
+                    "an activation gate needs a dense gated MLP (gate_proj, up_proj, down_proj, act_fn); "
+                    f"layer {source} of this {self.model.config.model_type} model has {type(mlp).__name__}"
+                )
+            sources[source] = mlp.down_proj
+        return sources
 
     def share(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor | float:
         """m of one layer in the running forward pass; `hidden_states` [B, T, D] is the layer's normed input."""
@@ -454,13 +487,13 @@ class SidecarAttachment:
 
     def remove_hooks(self) -> None:
         """Take every hook off the model."""
-        for hook in (self._model_hook, *self._router_hooks):
+        for hook in (self._model_hook, *self._signal_hooks):
             hook.remove()
-        self._router_hooks = []
+        self._signal_hooks = []
 
     def _scores(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        if isinstance(self.gate, RoutingGate):
-            if self.gate.signal == "previous":
+        if isinstance(self.gate, (RoutingGate, ActivationGate)):
+            if self.gate.signal in ("previous", "ffn_previous"):
                 return self.state.sparsity[layer - 1].to(hidden_states.device)
             mlp = decoder_layers(self.model)[layer].mlp
             # `.forward`: this call is ours, hooks that capture the router's own pass must not see it
@@ -497,6 +530,13 @@ class SidecarAttachment:
         def keep(_module, _inputs, output):
             if self.state is not None and not self.bypassed:
                 self.state.sparsity[layer] = sparsity(output.detach())
+
+        return keep
+
+    def _activation_hook(self, layer: int, cutoff: float):
+        def keep(_module, inputs, _output):
+            if self.state is not None and not self.bypassed:
+                self.state.sparsity[layer] = activation_sparsity(inputs[0].detach(), cutoff)
 
         return keep
 
@@ -692,7 +732,8 @@ def attachment_of(model: nn.Module) -> SidecarAttachment:
 def set_gate(model: nn.Module, gate: Gate) -> None:
     """Give all attached sidecars another gate.
 
-    Raises ValueError for a routing gate on a model without BlockFFN routers, or with signal `previous` on layer 0.
+    Raises ValueError for a routing gate on a model without BlockFFN routers, an activation gate without cutoffs or on a
+    model without dense gated MLPs, and for signal `previous` or `ffn_previous` on layer 0.
     """
     attachment_of(model).set_gate(gate)
 
@@ -731,29 +772,38 @@ def bypass_sidecars(model: nn.Module) -> Iterator[nn.Module]:
 @torch.no_grad()
 def calibrate_gates(
     model: nn.Module,
-    gate: RoutingGate | LearnedGate,
+    gate: ScoredGate,
     token_documents: Sequence[TokenDocument],
     max_seq_len: int,
     batch_size: int = 8,
     passes: int = 4,
     progress: str | None = None,
-) -> RoutingGate | LearnedGate:
+    shared: bool = False,
+) -> ScoredGate:
     """The gate with the score distributions that make each attached layer's mean share `gate.alpha` on the documents.
 
+    `shared` pools the scores of all attached layers into one distribution, so that they have one threshold (and tie
+    probability, or centre) between them: then the mean share over layers is alpha, and each layer's own is what it is.
+
     A hybrid layer changes the scores of the layers behind it, so the distributions are taken from the hybrid itself:
-    pass after pass, at most `passes`, until every layer's realised share is within SHARE_TOLERANCE of alpha. They hold
-    for this alpha; at another share of the same gate they are close, not exact. The model's own gate is put back.
-    Documents are read in windows of `max_seq_len` tokens, `batch_size` at a time; `progress` labels a progress bar.
+    pass after pass, at most `passes`, until every layer's realised share (`shared`: the mean over layers) is within
+    SHARE_TOLERANCE of alpha. They hold for this alpha; at another share of the same gate they are close, not exact. The
+    model's own gate is put back. Documents are read in windows of `max_seq_len` tokens, `batch_size` at a time;
+    `progress` labels a progress bar. An `ActivationGate` without cutoffs gets these first (`activation_cutoffs`).
 
     Raises ValueError for a gate that has nothing to calibrate, no documents, or alpha 0 or 1.
     """
-    if not isinstance(gate, (RoutingGate, LearnedGate)):
-        raise ValueError(f"a {gate.mode} gate has no scores to calibrate; only routing and learned gates do")
+    if not isinstance(gate, ScoredGate):
+        raise ValueError(f"a {gate.mode} gate has no scores to calibrate; routing, activation and learned gates do")
     if gate.alpha in (0.0, 1.0):
         raise ValueError(f"alpha is {gate.alpha}: a gate without a choice needs no calibration")
+    if shared:  # a gate calibrated layer by layer may realise the mean share without sharing a threshold
+        gate = replace(gate, distributions=None)
     attachment = attachment_of(model)
     before = attachment.gate
     batches = _calibration_batches(token_documents, max_seq_len, batch_size)
+    if isinstance(gate, ActivationGate) and gate.cutoffs is None:
+        gate = replace(gate, cutoffs=activation_cutoffs(model, gate.quantile, batches, progress))
     bar = tqdm(total=passes * len(batches), desc=progress, disable=progress is None, leave=False)
     try:
         for _ in range(passes):
@@ -764,25 +814,67 @@ def calibrate_gates(
                     device = model.get_input_embeddings().weight.device
                     model.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
                     bar.update()
-            settled = gate.distributions is not None and all(
-                abs(share - gate.alpha) <= SHARE_TOLERANCE for share in record.layer_shares().values()
-            )
-            if settled:
+            realised = [record.mean_share()] if shared else record.layer_shares().values()
+            if gate.distributions is not None and all(abs(one - gate.alpha) <= SHARE_TOLERANCE for one in realised):
                 break
+            scores = {
+                layer: np.concatenate([layers[layer][~np.isnan(layers[layer])] for layers in record.scores.values()])
+                for layer in attachment.layers
+            }
+            if shared:
+                scores = dict.fromkeys(scores, np.concatenate(list(scores.values())))
             gate = replace(
-                gate,
-                distributions={
-                    layer: ScoreDistribution.of(
-                        np.concatenate([layers[layer][~np.isnan(layers[layer])] for layers in record.scores.values()])
-                    )
-                    for layer in attachment.layers
-                },
+                gate, distributions={layer: ScoreDistribution.of(values) for layer, values in scores.items()}
             )
     finally:
         bar.close()
         attachment.set_gate(before)
         attachment.on_batch([])
     return gate
+
+
+@torch.no_grad()
+def activation_cutoffs(
+    model: nn.Module,
+    quantile: float,
+    batches: Sequence[tuple[Sequence[WindowRef], torch.Tensor, torch.Tensor]],
+    progress: str | None = None,
+) -> dict[int, float]:
+    """Layer l - 1 -> `quantile` of |h| over all its neurons and all tokens, for every attached layer l.
+
+    batches: as `_calibration_batches` makes them. The base model's activations count (`bypass_sidecars`), so that the
+    cutoffs, and with them the signal's meaning, are the same for every gate of one model and text. |h| is binned by its
+    first 16 bits, 128 bins for each power of two. The cutoff is the upper edge of the quantile's bin: at most 0.8 %
+    above the quantile, and just above 0 where more neurons than that are exactly 0.
+
+    Raises ValueError as `SidecarAttachment.activation_sources` does.
+    """
+    sources, bins = attachment_of(model).activation_sources(), 1 << 15
+    counts = {source: torch.zeros(bins, dtype=torch.int64) for source in sources}
+    real = None
+
+    def counting(source):
+        def hook(_module, inputs, _output):
+            magnitudes = inputs[0][real.to(inputs[0].device)].float().abs()
+            counts[source] += torch.bincount(magnitudes.view(torch.int32).flatten() >> 16, minlength=bins).cpu()
+
+        return hook
+
+    handles = [module.register_forward_hook(counting(source)) for source, module in sources.items()]
+    try:
+        with bypass_sidecars(model):
+            for _windows, ids, mask in tqdm(batches, desc=progress, disable=progress is None, leave=False):
+                real, device = mask.bool(), model.get_input_embeddings().weight.device
+                model.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    cutoffs = {}
+    for source, count in counts.items():
+        reached = count.numpy().cumsum()
+        index = int(np.searchsorted(reached, quantile * reached[-1]))
+        cutoffs[source] = float(np.int32(index + 1 << 16).view(np.float32))
+    return cutoffs
 
 
 def mamba_kernels(device: torch.device | str = "cuda") -> str:

@@ -332,6 +332,17 @@ def has_router(model: nn.Module) -> bool:
     )
 
 
+def is_gated_mlp(module: nn.Module | None) -> bool:
+    """Whether a module is a dense gated MLP as in Llama: down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
+    return all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+
+
+def has_gated_mlp(model: nn.Module) -> bool:
+    """Whether every decoder layer's `mlp` is a dense gated MLP, whose activation sparsity can drive a gate."""
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    return isinstance(layers, nn.ModuleList) and all(is_gated_mlp(getattr(layer, "mlp", None)) for layer in layers)
+
+
 def resolve_layers(spec: str | int | list[int], num_layers: int) -> list[int]:
     """Sorted layer indices of a TARGET_LAYERS setting: "all" | "middle" | "first_half" | "last_half" | list | "4,5,6".
 
