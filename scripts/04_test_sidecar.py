@@ -11,7 +11,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 
 import config
 from src import distill, results, text_data
@@ -91,12 +90,8 @@ def parse(argv: list[str]):
 
 
 def use_bf16(choice: str, model) -> bool:
-    """Whether to run the frozen model under bfloat16 autocast: where it is float32 and the processor has it."""
-    if choice != "auto":
-        return choice == "yes"
-    capabilities = torch.cpu.get_capabilities()
-    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return bool(model.dtype == torch.float32 and model.device.type == "cpu" and fast)
+    """Whether to run the frozen model under bfloat16 autocast."""
+    return distill.fast_bf16(model) if choice == "auto" else choice == "yes"
 
 
 def choose_folder(arguments, run_folder: Path) -> tuple[Path, bool]:

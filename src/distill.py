@@ -690,6 +690,13 @@ def _kl_from_teacher(model: nn.Module, ids: torch.Tensor, bf16: bool) -> torch.T
     return total / len(teacher)
 
 
+def fast_bf16(model: nn.Module) -> bool:
+    """Whether bfloat16 autocast makes training faster: for a float32 model on a processor that has bfloat16 matmuls."""
+    capabilities = torch.cpu.get_capabilities()
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return bool(model.dtype == torch.float32 and model.device.type == "cpu" and fast)
+
+
 def _synchronise(device: torch.device) -> None:
     """Wait for a GPU, whose work is queued, before a clock is read."""
     if device.type == "cuda":

@@ -18,7 +18,7 @@ from torch import nn
 
 from src import costs, eval_utils, results, stats
 from src.eval_utils import Scores, WindowRef
-from src.mamba_sidecar import attachment_of, available_layers, is_attached
+from src.mamba_sidecar import attachment_of, available_layers, is_attached, read_index
 from src.model_loading import decoder_layers, has_router, memory_estimate
 from src.results import UserError
 from src.routing_extractor import RoutingExtractor
@@ -55,6 +55,24 @@ def choose_stage(folder: Path, layers: Sequence[int], wanted: str = "auto") -> s
         f"no distilled sidecar of stage {stages[-1].upper()} for layers {missing} in {folder}; "
         "run python scripts/04_test_sidecar.py for them, or choose other layers"
     )
+
+
+def sidecar_sets(folder: Path) -> dict[int, Path]:
+    """Sets of sidecars by the seed that they were distilled from: the folder itself, and its folders `seed_<n>`.
+
+    The first has the seed that its index names. Raises UserError for two sets of one seed.
+    """
+    stages = read_index(folder)["stages"].values()
+    seed = next((stage["training"]["settings"]["seed"] for stage in stages if stage["training"].get("settings")), 0)
+    sets = {int(seed): folder}
+    for other in sorted(folder.glob("seed_*")):
+        number = other.name.removeprefix("seed_")
+        if not number.isdigit() or not (other / "sidecars.json").is_file():
+            continue
+        if int(number) in sets:
+            raise UserError(f"{other} and {sets[int(number)]} are both sidecars of seed {number}; remove one of them")
+        sets[int(number)] = other
+    return dict(sorted(sets.items()))
 
 
 def sidecar_identity(folder: Path, stage: str) -> dict:
@@ -97,7 +115,7 @@ def as_written(values) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are made: resamples of documents, their seed, and the level (0.95)."""
+    """How intervals are made: resamples of documents, their seed, and the level (0.95); studentised (see stats.py)."""
 
     resamples: int = 10_000
     seed: int = 0
@@ -110,7 +128,7 @@ class Bootstrap:
         a, b, count = table["nll"].to_numpy(), other["nll"].to_numpy(), table["tokens"].to_numpy()
         if len(table) < 2:
             return stats.Interval(float((a.sum() - b.sum()) / count.sum()), float("nan"), float("nan"))
-        return stats.paired_difference(a, b, count, self.resamples, self.seed, self.level)
+        return stats.paired_difference(a, b, count, self.resamples, self.seed, self.level, "studentised")
 
 
 def quality(table: pd.DataFrame, baseline: pd.DataFrame, bootstrap: Bootstrap) -> dict[str, float]:
