@@ -54,6 +54,22 @@ GATE_TEMPERATURES = [0.03, 0.1, 0.3]
 # Mean Mamba shares (0-1) at which 07 compares the gates.
 GATE_SHARES = [0.25, 0.5, 0.75]
 
+# Controls that 07 matches to hard routing at VERDICT_SHARE; at the other shares it is the random one alone. `--full`
+# takes all there are (src/controls.py), the oracle and the probes, at every share.
+GATE_CONTROLS = ["random", "block_shuffled", "inverted", "self_sparsity"]
+
+# --- The rule: by what 07 answers, stated before the numbers (src/verdict.py has it in words) -------------------------
+VERDICT_SHARE = 0.5  # of tokens on Mamba
+VERDICT_SIGNAL = "previous"  # of the routing gate
+VERDICT_LAYERS = "middle"
+VERDICT_SIDECAR_SETS = 3  # sets of sidecars from different seeds, averaged over, their variance in the interval
+VERDICT_DOCUMENTS = 60  # evaluation documents, at least
+# Differences inside +- this share of random gating's penalty (on calibration text, fixed before the evaluation text is
+# scored) are of no interest.
+VERDICT_MARGIN = 0.2
+# A study is large enough if the effect that it would find with 80 % power is at most this share of that penalty.
+VERDICT_DETECTABLE = 0.25
+
 # --- Distillation of the sidecars (04) -----------------------------------------------------------------------------
 # Stage A: each sidecar alone, teacher's input to teacher's attention output. Stage B: end to end,
 # KL(teacher || hybrid) under random masks.
@@ -105,9 +121,22 @@ TEST_PROMPTS = [
     "Alice gave the red book to Bob. Bob gave the red book to Carol. Now the red book belongs to",
 ]
 
+# --- 07 --full ------------------------------------------------------------------------------------------------------
+SENSITIVITY_SAMPLES = 16  # label sequences drawn from the model behind every estimate
+SENSITIVITY_VALIDATION_DOCUMENTS = 12  # of the calibration text, on which estimates meet interventions
+SENSITIVITY_INTERVENTIONS = 600  # single cells switched to Mamba and measured
+SENSITIVITY_RESAMPLES = 1000  # bootstrap resamples (of documents) behind the intervals of correlations
+SENSITIVITY_PERMUTATIONS = 2000  # of blocks of 16 tokens, behind their p-values
+SENSITIVITY_MAP_TOKENS = 160  # shown of a document
+PROBE_DOCUMENTS = 48  # of the calibration text, that probes are trained on
+RECALL_LENGTHS = [256, 512, 1024, 2048, 4096]  # tokens; those that the model's context holds
+RECALL_EXAMPLES = 16  # of each task and length
+ABLATION_STEPS_A = 40  # optimiser steps of stage A, alike for all variants of the sidecars
+ABLATION_STEPS_B = 80  # of stage B
+
 # --- Seeds ---------------------------------------------------------------------------------------------------------
 SEED = 0  # everything that draws: data order, initialisation, bootstrap, tie-breaking of hard gates
-RANDOM_GATE_SEEDS = [0, 1, 2]  # one run of each random control per seed
+RANDOM_GATE_SEEDS = [0, 1]  # masks of controls drawn at random, for each set of sidecars, at VERDICT_SHARE
 
 # --- --quick: the same path through every script, on less -----------------------------------------------------------
 QUICK_EVAL_SAMPLES = 8  # documents scored, and calibrated on

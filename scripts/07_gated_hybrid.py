@@ -1,58 +1,57 @@
 """Gates compared at equal mamba share: does router sparsity say, token by token, where attention is needed?
 
-Routing gates (hard, soft, temperatures, look-ahead, an uncalibrated threshold), a learned gate, fixed alphas at the
-same mean shares, and random controls with exactly as many Mamba tokens per layer and document as the routing gate that
-they are matched to. Writes gated_hybrid_results.csv, gated_hybrid_seeds.csv (controls, per seed),
-gated_hybrid_documents.csv (sums per document), gated_hybrid_generations.json and verdict.json. Finished rows stay.
+Routing gates (hard, soft, temperatures, look-ahead, an uncalibrated threshold), a learned gate and fixed alphas at the
+same mean shares, and controls with exactly as many Mamba tokens per layer and document as the gate they are matched to,
+on every set of sidecars there is. `--full` adds what explains the answer: every control, each token's sensitivity and
+the oracle it gives, probes, other layers, recall tasks, ablations (hours on a CPU). All of it goes on where it was
+interrupted. The rule behind verdict.json is in config.py.
 """
 
 import argparse
+import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from torch import nn
+import pandas as pd
 
 import config
-from src import eval_utils, results, study, text_data
-from src.gates import FixedGate, LearnedGate, MaskGate, RoutingGate, is_hard, matched_random_masks
-from src.mamba_sidecar import (
-    attach_mamba_sidecar,
-    attachment_of,
-    bypass_sidecars,
-    calibrate_gates,
-    check_base,
-    detach_mamba_sidecars,
-    load_learned_gates,
-    record_gates,
-    set_gate,
+from src import (
+    ablations,
+    controls,
+    distill,
+    eval_utils,
+    full_study,
+    gate_study,
+    probes,
+    results,
+    study,
+    text_data,
+    verdict,
 )
-from src.model_loading import context_length, has_router, load_model, model_identity, resolve_layers
+from src.gates import RoutingGate
+from src.mamba_sidecar import SidecarSettings, check_base
+from src.model_loading import context_length, has_gated_mlp, has_router, load_model, model_identity, resolve_layers
 
-LABEL = "preliminary: one sidecar seed, random control only"
-# The pre-stated rule: this share, this signal, hard routing against the random control.
-PRIMARY_SHARE = 0.5
-COLUMNS = (
-    "gate", "signal", "uses_document", "share_target", "share_realised", "perplexity", "delta", "pct_change",
-    "delta_nll", "ci_low", "ci_high", "vs_random", "vs_random_ci_low", "vs_random_ci_high", "flops_ideal",
-    "flops_executed", "tokens_per_second", "memory_gb",
+PARTS = ("sensitivity", "probes", "layers", "recall", "ablations")
+RUNS, RUN_DOCUMENTS = "gated_hybrid_seeds.csv", "gated_hybrid_seeds_documents.csv"
+RESULTS, DOCUMENTS, DOMAINS = "gated_hybrid_results.csv", "gated_hybrid_documents.csv", "gated_hybrid_domains.csv"
+TARGET = "target"  # what runs on the layers asked for are filed under
+GENERATIONS, VERDICT = "gated_hybrid_generations.json", "verdict.json"
+# Settings of config.py that only the files of a full study depend on.
+FULL_SETTINGS = (
+    "SENSITIVITY_SAMPLES", "SENSITIVITY_VALIDATION_DOCUMENTS", "SENSITIVITY_INTERVENTIONS", "SENSITIVITY_RESAMPLES",
+    "SENSITIVITY_PERMUTATIONS", "SENSITIVITY_MAP_TOKENS", "PROBE_DOCUMENTS", "RECALL_EXAMPLES", "ABLATION_STEPS_A",
+    "ABLATION_STEPS_B", "DISTILL_LR_A", "DISTILL_LR_B", "DISTILL_SEQ_LEN", "DISTILL_BATCH_SIZE",
+    "DISTILL_TRAIN_WINDOWS", "DISTILL_VALIDATION_WINDOWS",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Mode:
-    """One row to come: its name, its gate before calibration, and the control that it is compared with."""
-
-    name: str
-    gate: FixedGate | RoutingGate | LearnedGate
-    share: float | None  # target; None for the uncalibrated threshold
-    calibrate: bool
-    control: str | None
-    generates: bool = True
+NAMED_LAYERS = ("all", "middle", "first_half", "last_half")
+# Settings that say where or whether to compute, not what: they are not part of a result's identity.
+NOT_RECORDED = ("restart", "output_dir", "full", "parts")
 
 
 def share_list(text: str) -> list[float]:
@@ -91,7 +90,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default=config.DEVICE, help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default=config.DTYPE, help="auto, float32, float16, bfloat16")
     parser.add_argument("--layers", default=config.TARGET_LAYERS, help="all, middle, first_half, last_half, or 4,5,6")
-    parser.add_argument("--shares", type=share_list, default=[PRIMARY_SHARE] if quick else sorted(config.GATE_SHARES))
+    parser.add_argument(
+        "--shares", type=share_list, default=[config.VERDICT_SHARE] if quick else sorted(config.GATE_SHARES)
+    )
     parser.add_argument(
         "--signal", choices=("previous", "lookahead"), default=config.GATE_SIGNAL, help="the routing gates' router"
     )
@@ -106,7 +107,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="further ones, at the share of the verdict",
     )  # fmt: skip
     parser.add_argument(
-        "--random-seeds", type=seed_list, default=[0] if quick else config.RANDOM_GATE_SEEDS, help="of the controls"
+        "--random-seeds",
+        type=seed_list,
+        default=[0] if quick else config.RANDOM_GATE_SEEDS,
+        help="of masks drawn at random",
     )
     parser.add_argument("--sidecar-dir", help="distilled sidecars; default: the run's own (04), else the shipped ones")
     parser.add_argument(
@@ -146,6 +150,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", default=quick, help="fewer documents and gates, a folder of its own"
     )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="the whole study: every control, sensitivity, probes, layers, recall, ablations",
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+        help=f"of a full study, only these: {', '.join(PARTS)} (gates are always measured)",
+    )  # fmt: skip
     parser.add_argument("--restart", action="store_true", help="compute every row again")
     parser.add_argument("--output-dir", default=str(config.OUTPUT_DIR), help="root of all results")
     arguments = parser.parse_args(argv)
@@ -156,12 +169,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def hybrid_layers(spec: str, num_layers: int, signal: str, router: bool) -> list[int]:
+def hybrid_layers(spec: str, num_layers: int, signal: str, leader: str | None) -> list[int]:
     """Layers of a TARGET_LAYERS setting; a named set starts at layer 1 where the gate reads the layer before."""
     layers = resolve_layers(spec, num_layers)
-    named = isinstance(spec, str) and spec in ("all", "middle", "first_half", "last_half")
-    if router and signal == "previous" and 0 in layers:
-        if not named:
+    reads_previous = leader == "ffn_sparsity" or (leader == "routing" and signal == "previous")
+    if reads_previous and 0 in layers:
+        if spec not in NAMED_LAYERS:
             raise results.UserError(
                 "layer 0 has no layer before it: leave it out of --layers, or take --signal lookahead"
             )
@@ -169,339 +182,336 @@ def hybrid_layers(spec: str, num_layers: int, signal: str, router: bool) -> list
     return layers
 
 
-def plan_modes(arguments: argparse.Namespace, router: bool, learned: bool) -> list[Mode]:
-    """Every row but baseline and controls, in order; routing_hard of a share leads: its control is matched to it."""
-    shared = {"signal": arguments.signal, "threshold": arguments.threshold, "seed": arguments.seed}
-    modes = []
-    for share in arguments.shares:
-        control = f"control_random_{share:g}"
-        if router:
-            hard = RoutingGate(share, hard=True, **shared)
-            modes.append(Mode(f"routing_hard_{share:g}", hard, share, True, control))
-        modes.append(Mode(f"fixed_{share:g}", FixedGate(share), share, False, control))
-        if router:
-            soft = RoutingGate(share, temperature=arguments.temperature, **shared)
-            modes.append(Mode(f"routing_soft_{share:g}", soft, share, True, control))
-        if learned:
-            gate = LearnedGate(share, hard=True, seed=arguments.seed)
-            modes.append(Mode(f"learned_{share:g}", gate, share, True, control))
-    if router:
-        share = PRIMARY_SHARE if PRIMARY_SHARE in arguments.shares else arguments.shares[0]
-        control = f"control_random_{share:g}"
-        for temperature in arguments.temperatures:
-            if temperature != arguments.temperature:
-                gate = RoutingGate(share, temperature=temperature, **shared)
-                modes.append(Mode(f"routing_soft_{share:g}_t{temperature:g}", gate, share, True, control, False))
-        other = "lookahead" if arguments.signal == "previous" else "previous"
-        gate = RoutingGate(share, signal=other, hard=True, threshold=arguments.threshold, seed=arguments.seed)
-        if other == "lookahead":  # the other way round, layer 0 may be among the layers
-            modes.append(Mode(f"routing_hard_{share:g}_{other}", gate, share, True, control, False))
-        modes.append(Mode("routing_threshold", RoutingGate(hard=True, **shared), None, False, None, False))
-    return modes
+def leader_of(model) -> str | None:
+    """What a model's leading gate goes by: of gate_study.LEADERS; None for one with neither router nor gated FFN."""
+    if has_router(model):
+        return "routing"
+    return "ffn_sparsity" if has_gated_mlp(model) else None
 
 
-@dataclass
-class Bench:
-    """What every row is measured with: the model (with or without sidecars), the text, and where rows go."""
-
-    model: nn.Module
-    tokens: list[text_data.TokenDocument]
-    score: dict
-    active: list[float]
-    store: study.ResultStore
-    seeds: study.ResultStore
-    bootstrap: study.Bootstrap
-
-    def add_baseline(self) -> None:
-        """The model without sidecars."""
-        table, speed = self._score("baseline", None)
-        settings = {"gate": "none", "signal": "none", "uses_document": False, "share_target": 0.0}
-        self.add_row("baseline", table, settings, None, False, speed, None)
-
-    def score_gate(self, label: str):
-        """(sums per document, GateRecord, timing columns) of the gate that is set."""
-        with record_gates(self.model) as record:
-            table, speed = self._score(label, attachment_of(self.model).on_batch)
-        return table, record, speed
-
-    def add_control(self, name: str, target: float, shares: dict, random_seeds: list[int]) -> None:
-        """The random control with as many Mamba tokens per document and layer as `shares`, mean over seeds."""
-        tables, realised, speeds = [], [], []
-        for seed in random_seeds:
-            set_gate(self.model, MaskGate(matched_random_masks(shares, seed)))
-            table, record, speed = self.score_gate(f"{name}, seed {seed}")
-            tables.append(table)
-            realised.append(record.layer_shares())
-            speeds.append(speed)
-            values = study.quality(table, self.store.tables["baseline"], self.bootstrap)
-            kept = ("perplexity", "delta", "pct_change", "delta_nll", "ci_low", "ci_high")
-            row = {"mode": name, "seed": seed, "share_realised": record.mean_share()}
-            self.seeds.add(f"{name}_seed{seed}", table, row | {key: values[key] for key in kept})
-        settings = {"gate": "random", "signal": "none", "uses_document": True, "share_target": target}
-        means = {layer: float(np.mean([one[layer] for one in realised])) for layer in realised[0]}
-        self.add_row(name, study.mean_table(tables), settings, means, True, speeds[0], None)
-
-    def add_row(self, name, table, settings, shares, hard, speed, control) -> None:
-        """Derive a row and store it.
-
-        shares: {layer: realised mamba share}, None for the baseline. control: the sums of the random control at the
-        same share, None where there is none to compare with.
-        """
-        values = study.quality(table, self.store.tables.get("baseline", table), self.bootstrap) | settings | speed
-        values["share_realised"] = float(np.mean(list(shares.values()))) if shares else 0.0
-        lengths = [len(document.ids) - 1 for document in self.tokens]
-        values |= study.flops_columns(self.model, lengths, self.active, shares, hard)
-        if control is not None:
-            difference = self.bootstrap.difference(table, control)
-            values |= {
-                "vs_random": difference.estimate,
-                "vs_random_ci_low": difference.low,
-                "vs_random_ci_high": difference.high,
-            }
-        self.store.add(name, table, {column: values.get(column, float("nan")) for column in COLUMNS})
-
-    def _score(self, label, on_batch):
-        device = eval_utils.model_device(self.model)
-        eval_utils.reset_peak_memory(device)
-        scores = eval_utils.score_documents(self.model, self.tokens, on_batch=on_batch, progress=label, **self.score)
-        speed = {"tokens_per_second": scores.tokens_per_second, "memory_gb": eval_utils.peak_memory_gb(device)}
-        return study.document_table(scores), speed
+def rule_of(arguments: argparse.Namespace) -> verdict.Rule:
+    """The rule as config.py states it."""
+    return verdict.Rule(
+        share=config.VERDICT_SHARE, signal=config.VERDICT_SIGNAL, layers=config.VERDICT_LAYERS,
+        sidecar_seeds=config.VERDICT_SIDECAR_SETS, documents=config.VERDICT_DOCUMENTS,
+        margin_fraction=config.VERDICT_MARGIN, detectable_fraction=config.VERDICT_DETECTABLE,
+        level=config.CONFIDENCE_LEVEL, resamples=arguments.resamples, seed=arguments.seed,
+    )  # fmt: skip
 
 
-def words_of(interval) -> str:
-    return f"{interval.estimate:+.5f} nats per token [{interval.low:+.5f}, {interval.high:+.5f}]"
+def plan(arguments: argparse.Namespace, leader: str | None, learned: bool, extra: list[str]) -> list[gate_study.Mode]:
+    """The modes of the main set. extra: controls that a full study adds, with scores of their own."""
+    names = [*controls.CONTROLS, *extra] if arguments.full else config.GATE_CONTROLS
+    if leader != "routing":
+        names = [name for name in names if name != "self_sparsity"]  # of a router
+    return gate_study.gate_modes(
+        arguments.shares, arguments.signal, arguments.threshold, arguments.temperature, arguments.seed, leader,
+        learned, config.VERDICT_SHARE, arguments.temperatures,
+        main_controls=names if leader else ("random",),
+        other_controls=names if leader and arguments.full else ("random",),
+        shared_threshold=arguments.full,
+    )  # fmt: skip
 
 
-def decide(interval) -> str:
-    """supported | refuted | inconclusive: where a 95 % interval of (gate minus control) lies; below 0 is better."""
-    if interval.high < 0:
-        return "supported"
-    return "refuted" if interval.low > 0 else "inconclusive"
+def other_modes(modes: list[gate_study.Mode], full: bool) -> list[gate_study.Mode]:
+    """What the further sets of sidecars measure: hard routing at the rule's share against random and block-shuffled;
+    in a full study at every share, with the oracle, and the learned gate."""
+    kept = ("random", "block_shuffled", "oracle") if full else ("random", "block_shuffled")
+    shares = [mode.share for mode in modes if mode.share is not None] if full else [config.VERDICT_SHARE]
+    names = [f"{verdict.ROUTING}_{share:g}" for share in shares]
+    chosen = [
+        replace(mode, controls=tuple(pair for pair in mode.controls if pair[0] in kept))
+        for mode in modes
+        if mode.name in names
+    ]
+    return chosen + [mode for mode in modes if full and mode.name == f"learned_{config.VERDICT_SHARE:g}"]
 
 
-def judge(
-    store: study.ResultStore, arguments: argparse.Namespace, layers: list[int], bootstrap: study.Bootstrap
-) -> dict:
-    """The content of verdict.json, from the tables of sums per document."""
-    mode, control, fixed = (f"{kind}_{PRIMARY_SHARE:g}" for kind in ("routing_hard", "control_random", "fixed"))
-    rule = (
-        f"On the target layers, hard routing by the router's sparsity (signal previous, {mode}) is compared with a "
-        f"random hard gate that sends exactly as many tokens of every document and layer to Mamba ({control}, mean of "
-        "its seeds). "
-        f"Difference = NLL per token of {mode} minus {control}, 95 % interval from a paired bootstrap over documents. "
-        "Supported if the interval lies below 0, refuted if it lies above 0, else inconclusive."
-    )
-    criterion = {
-        "statement": "A routing-gated hybrid should beat (lower perplexity) a fixed alpha at the same mean share.",
-        "comparisons": [],
-        "met": None,
-        "words": "not measured: this run has no routing gate at the share of a fixed alpha",
-    }
-    verdict = {
-        "label": LABEL + ("; quick run: a smoke test, no evidence" if arguments.quick else ""),
-        "rule": rule,
-        "inputs": {
-            "mode": mode, "control": control, "share": PRIMARY_SHARE, "signal": arguments.signal, "layers": layers,
-            "random_seeds": arguments.random_seeds, "resamples": bootstrap.resamples, "level": bootstrap.level,
-            "documents": len(store.tables["baseline"]), "tokens": int(store.tables["baseline"]["tokens"].sum()),
-        },
-        "numbers": {},
-        "outcome": "not applicable",
-        "verdict": "",
-        "user_criterion": criterion,
-    }  # fmt: skip
-    if mode in store.rows and control in store.rows and arguments.signal == "previous":
-        tables = store.tables
-        difference = bootstrap.difference(tables[mode], tables[control])
-        cost = bootstrap.difference(tables[control], tables["baseline"])
-        own = bootstrap.difference(tables[mode], tables["baseline"])
-        verdict["outcome"] = decide(difference)
-        verdict["numbers"] = {
-            "difference": difference.estimate, "ci_low": difference.low, "ci_high": difference.high,
-            "delta_nll_routing": own.estimate, "delta_nll_control": cost.estimate,
-            "share_realised_routing": store.rows[mode]["share_realised"],
-            "share_realised_control": store.rows[control]["share_realised"],
-        }  # fmt: skip
-        meaning = {
-            "supported": "router sparsity picks tokens that need attention less than chance would",
-            "refuted": "router sparsity picks tokens worse than chance would",
-            "inconclusive": "the data cannot tell it from chance",
-        }[verdict["outcome"]]
-        verdict["verdict"] = (
-            f"Routing minus random is {words_of(difference)}: {meaning}. For scale, the random control costs "
-            f"{cost.estimate:+.5f} nats per token against the baseline, the routing gate {own.estimate:+.5f}."
-        )
-    elif arguments.signal != "previous":
-        verdict["verdict"] = f"The rule is about signal previous; this run has signal {arguments.signal}."
-    else:
-        verdict["verdict"] = f"The rule needs the rows {mode} and {control}; this run has not both of them."
-    for name in store.rows:
-        base = f"fixed_{name.split('_')[-1]}"
-        if name.startswith(("routing_hard_", "routing_soft_")) and base in store.rows:
-            difference = bootstrap.difference(store.tables[name], store.tables[base])
-            criterion["comparisons"].append(
-                {
-                    "routing": name, "fixed": base,
-                    "perplexity_routing": store.rows[name]["perplexity"],
-                    "perplexity_fixed": store.rows[base]["perplexity"],
-                    "share_realised_routing": store.rows[name]["share_realised"],
-                    "share_realised_fixed": store.rows[base]["share_realised"],
-                    "difference_nll": difference.estimate, "ci_low": difference.low, "ci_high": difference.high,
-                    "met": {"supported": "yes", "refuted": "no", "inconclusive": "undecided"}[decide(difference)],
-                }
-            )  # fmt: skip
-    pairs = [pair for pair in criterion["comparisons"] if pair["fixed"] == fixed] or criterion["comparisons"]
-    if pairs:
-        criterion["met"] = {pair["routing"]: pair["met"] for pair in criterion["comparisons"]}
-        criterion["words"] = "; ".join(
-            f"{pair['routing']} has perplexity {pair['perplexity_routing']:.3f}, {pair['fixed']} "
-            f"{pair['perplexity_fixed']:.3f} (difference {pair['difference_nll']:+.5f} nats per token "
-            f"[{pair['ci_low']:+.5f}, {pair['ci_high']:+.5f}]): {pair['met']}"
-            for pair in pairs
-        )
-    return verdict
+def generate(part: full_study.Study, arguments: argparse.Namespace, modes: list[gate_study.Mode]):
+    """(texts by mode, what to call while a mode's gate is set): generations that are still to be made, none if done."""
+    path = part.folder / GENERATIONS
+    if part.is_finished(GENERATIONS):
+        return json.loads(path.read_text(encoding="utf-8"))["texts"], {}
+    prompts = config.TEST_PROMPTS[: config.QUICK_PROMPTS] if arguments.quick else config.TEST_PROMPTS
+    options = dict(max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
+    texts = {"baseline": eval_utils.generate_texts(part.bench.model, part.tokenizer, prompts, **options)}
+
+    def visitor(name: str):
+        def visit() -> None:
+            texts[name] = eval_utils.generate_texts(part.bench.model, part.tokenizer, prompts, **options)
+
+        return visit
+
+    shown = ("routing_hard", "routing_soft", "fixed", "learned", "ffn_sparsity_hard", "ffn_sparsity_soft")
+    names = [f"{kind}_{share:g}" for share in arguments.shares for kind in shown]
+    return texts, {mode.name: visitor(mode.name) for mode in modes if mode.name in names}
 
 
-def print_summary(rows: list[dict], verdict: dict, layers: list[int]) -> None:
-    print(f"\nGates on layers {layers} (nats per token, 95 % intervals over documents)")
+def print_summary(frame: pd.DataFrame, answer: dict, layers: list[int]) -> None:
+    """The table of gates and the answer."""
+    print(f"\nGates on layers {layers} (nats per token, 95 % intervals over documents and sets of sidecars)")
     print(
-        f"{'mode':>27} {'share':>6} {'perplexity':>11} {'delta NLL':>10} {'minus random, same share':>36} {'tok/s':>7}"
+        f"{'mode':>33} {'sets':>4} {'share':>6} {'perplexity':>10} {'delta NLL':>9} {'minus random':>30} {'tok/s':>6}"
     )
-    for row in rows:
+    for row in frame.to_dict("records"):
         against = ""
         if np.isfinite(row["vs_random"]):
-            against = f"{row['vs_random']:+.5f} [{row['vs_random_ci_low']:+.5f}, {row['vs_random_ci_high']:+.5f}]"
+            against = f"{row['vs_random']:+.4f} [{row['vs_random_ci_low']:+.4f}, {row['vs_random_ci_high']:+.4f}]"
         print(
-            f"{row['mode']:>27} {row['share_realised']:>6.3f} {row['perplexity']:>11.3f} {row['delta_nll']:>+10.5f} "
-            f"{against:>36} {row['tokens_per_second']:>7,.0f}"
+            f"{row['mode']:>33} {row['sidecar_seeds']:>4} {row['share_realised']:>6.3f} {row['perplexity']:>10.3f} "
+            f"{row['delta_nll']:>+9.4f} {against:>30} {row['tokens_per_second']:>6,.0f}"
         )
-    print(f"\nAnswer ({verdict['label']}): {verdict['outcome'].upper()}. {verdict['verdict']}")
-    print(f"Does routing beat a fixed alpha at the same mean share? {verdict['user_criterion']['words']}")
+    print(f"\nAnswer ({answer['label']}): {answer['outcome'].upper()}. {answer['verdict']}")
+    criterion = answer["user_criterion"]
+    print(
+        f"Does routing beat a fixed alpha at the same mean share? {criterion['words']}; {criterion['against_the_rule']}"
+    )
+
+
+def explain(part: full_study.Study, arguments: argparse.Namespace, modes: list[gate_study.Mode], pool: list):
+    """The sensitivity of the evaluation text and what follows from it: (scores by control, cells, scores by gate).
+
+    The last are those whose part of the oracle's gap is reported. None of it where --parts leaves it out; pool: the
+    documents that probes are trained on. The main set must be attached.
+    """
+    main = part.sets[0]
+    scores_of = gate_study.base_scores(part.bench, part.layers, part.bench.model.config.vocab_size)
+    if "sensitivity" not in arguments.parts:
+        return scores_of, None, {}
+    samples = config.SENSITIVITY_SAMPLES
+    estimator = full_study.chosen_estimator(part)
+    cells = full_study.estimated(part, main, estimator, samples)
+    seen = full_study.hindsight(part, main)
+    full_study.correlate(part, cells, scores_of, config.SENSITIVITY_RESAMPLES, config.SENSITIVITY_PERMUTATIONS)
+    full_study.write_maps(part, cells, config.SENSITIVITY_MAP_TOKENS)
+    predicted = full_study.probe_scores(part, pool, estimator, samples) if "probes" in arguments.parts else {}
+    own = {"oracle": cells, "hindsight": seen} | {f"probe_{probe}": found for probe, found in predicted.items()}
+    gates = {
+        kind: full_study.gate_scores(part, mode)
+        for mode in modes
+        for kind in (verdict.ROUTING, "learned")
+        if predicted and mode.name == f"{kind}_{config.VERDICT_SHARE:g}"
+    }
+    # the cells that matter least go to Mamba
+    return lambda name: (own[name], False) if name in own else scores_of(name), cells, predicted | gates
+
+
+def measure(
+    part: full_study.Study, deep: full_study.Study, arguments: argparse.Namespace, leader: str | None, pool: list
+) -> pd.DataFrame:
+    """Every run of the gates, set by set; then gated_hybrid_*.csv. Returns the results.
+
+    deep: the same study with the settings of a full one in its meta, for the files that depend on them.
+    """
+    bench, name = part.bench, TARGET
+    gate_study.add_baseline(bench, name)
+    texts, visit, predicted, cells = {}, {}, {}, None
+    for sidecars in part.sets:
+        is_main = sidecars is part.sets[0]
+        extra = own_controls(arguments)
+        modes = plan(arguments, leader, sidecars.has_learned_gates, extra)
+        if is_main:
+            texts, visit = generate(part, arguments, modes)
+        else:
+            modes = other_modes(modes, arguments.full)
+        with gate_study.attached(bench.model, sidecars):
+            scores_of = None
+            if is_main and arguments.full:
+                scores_of, cells, predicted = explain(deep, arguments, modes, pool)
+            elif is_main:
+                scores_of = gate_study.base_scores(bench, part.layers, bench.model.config.vocab_size)
+            elif extra:
+                estimator = full_study.chosen_estimator(deep)
+                own = full_study.estimated(deep, sidecars, estimator, config.SENSITIVITY_SAMPLES)
+                scores_of = lambda _name, own=own: (own, False)  # noqa: E731 (only the oracle is asked for)
+            gate_study.measure_set(
+                bench, name, sidecars, modes, arguments.random_seeds, scores_of, visit if is_main else None
+            )
+    if visit:
+        results.write_json(
+            part.folder / GENERATIONS, {"max_new_tokens": arguments.max_new_tokens, "texts": texts}, part.meta
+        )
+    sums = gate_study.document_sums(bench.store, name)
+    part.write_csv(DOCUMENTS, sums)
+    # read back: what follows must follow from the files
+    sums = part.read_csv(DOCUMENTS)
+    frame = gate_study.result_table(bench.store, name, sums, part.rule)
+    part.write_csv(RESULTS, frame)
+    part.write_csv(DOMAINS, gate_study.domain_table(sums, frame, part.rule))
+    if predicted:
+        full_study.write_gaps(deep, sums, cells, predicted, arguments.shares)
+    return frame
+
+
+def further_parts(part: full_study.Study, arguments: argparse.Namespace, train_texts, extra_folder: Path) -> None:
+    """Other layers, recall and ablations of a full study, as --parts asks."""
+    main, model = part.sets[0], part.bench.model
+    if "layers" in arguments.parts:
+        named = {}
+        for spec in NAMED_LAYERS:
+            layers = hybrid_layers(spec, model.config.num_hidden_layers, part.rule.signal, "routing")
+            named[spec] = gate_study.checked_sets({main.seed: main.folder}, layers, arguments.stage)[0]
+        share = config.VERDICT_SHARE
+        modes = [
+            replace(mode, controls=tuple(pair for pair in mode.controls if pair[0] in ("random", "block_shuffled")))
+            for mode in plan(arguments, "routing", False, [])
+            if mode.name in (f"{verdict.ROUTING}_{share:g}", f"fixed_{share:g}", f"routing_soft_{share:g}")
+        ]
+        full_study.layer_sets(part, named, modes, arguments.random_seeds)
+    if "recall" in arguments.parts:
+        lengths = [length for length in config.RECALL_LENGTHS if length <= context_length(model)]
+        full_study.recall_study(
+            part, train_texts["evaluation"], lengths, config.RECALL_EXAMPLES, arguments.random_seeds
+        )
+    if "ablations" in arguments.parts:
+        ablate(part, arguments, train_texts, extra_folder)
+    for name, frame in ablations.gate_ablation_rows(part.read_csv(RESULTS), arguments.temperature).items():
+        part.write_csv(f"ablation_{name}.csv", frame)
+
+
+def ablate(part: full_study.Study, arguments: argparse.Namespace, texts: dict, folder: Path) -> None:
+    """ablation_init.csv ... and distillation_curves.csv: sidecars trained anew with a smaller, equal budget."""
+    model = part.bench.model
+    train = text_data.tokenize(texts["train"], part.tokenizer)
+    validation = text_data.tokenize(texts["calibration"], part.tokenizer)
+    seq_len = min(config.DISTILL_SEQ_LEN, part.bench.score["max_seq_len"])
+
+    def settings(rate: float) -> distill.DistillSettings:
+        return distill.DistillSettings(
+            steps=1, batch_size=config.DISTILL_BATCH_SIZE, learning_rate=rate, warmup=config.DISTILL_WARMUP,
+            weight_decay=config.DISTILL_WEIGHT_DECAY, bf16=distill.fast_bf16(model), validate_every=10,
+            checkpoint_every=10, seed=arguments.seed,
+        )  # fmt: skip
+
+    gate = RoutingGate(part.rule.share, signal=part.rule.signal, hard=True, seed=arguments.seed)
+    protocol = ablations.Protocol(
+        part.layers, settings(config.DISTILL_LR_A), settings(config.DISTILL_LR_B),
+        text_data.training_windows(train, seq_len, config.DISTILL_TRAIN_WINDOWS, arguments.seed),
+        text_data.training_windows(validation, seq_len, config.DISTILL_VALIDATION_WINDOWS, arguments.seed),
+        part.bench.calibration, part.bench.tokens, gate, arguments.random_seeds, *part.windows,
+        part.bench.score["batch_size"],
+        study.Bootstrap(arguments.resamples, arguments.seed, config.CONFIDENCE_LEVEL),
+    )  # fmt: skip
+    sidecar = SidecarSettings(config.MAMBA_D_STATE, config.MAMBA_D_CONV, config.MAMBA_EXPAND, config.MAMBA_HEADDIM)
+    names = [name for name in ablations.DISTILLATION_ABLATIONS
+             if name != "init" or getattr(model.config, "attention_type", "") != "mla"]  # fmt: skip
+    chosen = ablations.variants(model, part.layers, sidecar, config.ABLATION_STEPS_A, config.ABLATION_STEPS_B, names)
+    tables = ablations.run_ablations(model, protocol, chosen, folder, part.meta, arguments.restart)
+    part.write_csv("distillation_curves.csv", tables.pop("curves"))
+    for name, frame in tables.items():
+        part.write_csv(f"ablation_{name}.csv", frame)
 
 
 def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
     started = time.time()
     folder = results.output_dir(arguments.output_dir, arguments.model, arguments.quick)
     shipped = Path(config.__file__).parent / "assets" / f"{results.model_slug(arguments.model)}-sidecars"
-    documents = text_data.load_documents(arguments.dataset, "evaluation", arguments.seed, arguments.max_samples)
-    calibration = text_data.load_documents(
-        arguments.dataset, "calibration", arguments.seed, arguments.calibration_samples
-    )
+    texts = {
+        "evaluation": text_data.load_documents(arguments.dataset, "evaluation", arguments.seed, arguments.max_samples),
+        "calibration": text_data.load_documents(arguments.dataset, "calibration", arguments.seed),
+    }
+    documents = texts["evaluation"]
+    calibration = texts["calibration"][: arguments.calibration_samples]
     model, tokenizer = load_model(
         arguments.model, arguments.device, arguments.dtype, cache_dir=config.MODEL_CACHE_DIR,
         max_memory_gb=config.MAX_MEMORY_GB, use_8bit_fallback=config.USE_8BIT_FALLBACK,
     )  # fmt: skip
     max_seq_len = min(max_seq_len, context_length(model))
-    router = has_router(model)
-    layers = hybrid_layers(arguments.layers, model.config.num_hidden_layers, arguments.signal, router)
-    sidecars = study.sidecar_folder(arguments.sidecar_dir, folder, shipped)
-    stage = study.choose_stage(sidecars, layers, arguments.stage)
-    check_base(model, sidecars)
+    leader = leader_of(model)
+    if arguments.full and leader != "routing":
+        raise results.UserError(f"--full is about routing, and {model.config.model_type} has no router; leave it out")
+    layers = hybrid_layers(arguments.layers, model.config.num_hidden_layers, arguments.signal, leader)
+    main_folder = study.sidecar_folder(arguments.sidecar_dir, folder, shipped)
+    sets = gate_study.checked_sets(study.sidecar_sets(main_folder), layers, arguments.stage)
+    for sidecars in sets:
+        check_base(model, sidecars.folder)
     tokens = text_data.tokenize(documents, tokenizer, arguments.max_tokens)
     calibration_tokens = text_data.tokenize(calibration, tokenizer, arguments.max_tokens)
-    lengths = [len(document.ids) - 1 for document in tokens]
 
-    recorded = {key: value for key, value in vars(arguments).items() if key not in ("restart", "output_dir")}
+    recorded = {key: value for key, value in vars(arguments).items() if key not in NOT_RECORDED}
     meta = results.run_meta(
-        recorded | {"max_seq_len": max_seq_len, "layers": layers},
+        recorded | {"max_seq_len": max_seq_len, "layers": layers, "layers_asked": arguments.layers},
         model_identity(model, arguments.model, config.MODEL_CACHE_DIR)
-        | {"sidecars": study.sidecar_identity(sidecars, stage)},
+        | {"sidecars": [study.sidecar_identity(one.folder, one.stage) | {"seed": one.seed} for one in sets]},
         {"evaluation": text_data.identity(documents), "calibration": text_data.identity(calibration)},
         {"seed": arguments.seed, "random_gate": arguments.random_seeds},
         started,
         eval_utils.model_device(model),
         model.dtype,
     )
-    bootstrap = study.Bootstrap(arguments.resamples, arguments.seed, config.CONFIDENCE_LEVEL)
-    store = study.ResultStore(
-        folder / "gated_hybrid_results.csv", folder / "gated_hybrid_documents.csv", "mode", meta, arguments.restart
-    )
-    seeds = study.ResultStore(
-        folder / "gated_hybrid_seeds.csv", folder / "gated_hybrid_seeds_documents.csv", "run", meta, arguments.restart
-    )
-    prompts = config.TEST_PROMPTS[: config.QUICK_PROMPTS] if arguments.quick else config.TEST_PROMPTS
-    generations_path, verdict_path = folder / "gated_hybrid_generations.json", folder / "verdict.json"
     score = dict(max_seq_len=max_seq_len, stride=min(arguments.stride, max_seq_len), batch_size=arguments.batch_size)
-    sample = study.speed_sample(tokens)
-    print(f"model {arguments.model}, layers {layers}, stage {stage.upper()} sidecars of {sidecars}")
-    print(f"text {arguments.dataset}: {len(documents)} documents, {sum(lengths):,} scored tokens")
-    calibration_total = sum(len(document.ids) - 1 for document in calibration_tokens)
-    print(f"gates are calibrated on {len(calibration)} other documents, {calibration_total:,} tokens")
+    store = study.ResultStore(folder / RUNS, folder / RUN_DOCUMENTS, "run", meta, arguments.restart)
+    total = sum(len(document.ids) - 1 for document in tokens)
+    print(f"model {arguments.model}, layers {layers}; sidecars of seeds {[one.seed for one in sets]} in {main_folder}")
+    print(f"text {arguments.dataset}: {len(documents)} documents, {total:,} scored tokens")
+    print(f"gates are calibrated on {len(calibration)} other documents, and the margin is taken from them")
     if store.resumed:
-        print(f"resumed: {len(store.resumed)} rows are there already")
+        print(f"resumed: {len(store.resumed)} runs are there already")
+    if not sets[0].has_learned_gates:
+        print(f"no learned gate in {main_folder}: its rows are left out (04_test_sidecar.py --retrain trains it)")
+    if leader != "routing":
+        instead = "FFN activation sparsity takes its place" if leader else "the routing rows are left out"
+        print(f"{model.config.model_type} has no router: {instead}")
 
-    learned = (sidecars / "learned_gate.safetensors").is_file()
-    if not learned:
-        print(f"no learned gate in {sidecars}: the learned rows are left out (04_test_sidecar.py --retrain trains it)")
-    if not router:
-        print(f"{model.config.model_type} has no router: the routing rows are left out")
-    modes = plan_modes(arguments, router, learned)
-    generated = not arguments.restart and study.is_finished(generations_path, meta)
-    complete = generated and all(name in store.rows for name in ("baseline", *(mode.name for mode in modes)))
-
-    if not complete:
-        active = study.active_experts(model, sample, max_seq_len, arguments.batch_size)  # also the warm-up
-        bench = Bench(model, tokens, score, active, store, seeds, bootstrap)
+    bench = gate_study.Bench(model, tokens, calibration_tokens, score, [], store)
+    part = full_study.Study(bench, sets, folder, meta, rule_of(arguments), tokenizer, arguments.restart)
+    missing = missing_runs(part, arguments, leader)
+    if missing:
+        sample = study.speed_sample(tokens)
+        bench.active = study.active_experts(model, sample, max_seq_len, arguments.batch_size)  # also the warm-up
         speed = study.measure(model, sample, **score)["tokens_per_second"]
-        passes = 1 + len(modes) + len(arguments.random_seeds) * len(arguments.shares) + router
-        study.print_plan(model, sum(lengths), passes, 0.5 * speed, arguments.batch_size * max_seq_len)
-        if "baseline" not in store.rows:
-            bench.add_baseline()
-        attach_mamba_sidecar(model, layers, gate_mode="fixed", sidecar_dir=sidecars, stage=stage)
-        if learned:
-            load_learned_gates(model, sidecars)
-        generate = dict(max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
-        texts = {}
-        if not generated:
-            with bypass_sidecars(model):
-                texts["baseline"] = eval_utils.generate_texts(model, tokenizer, prompts, **generate)
-        # The control of a share is matched to the routing gate, or on a model without router to the fixed alpha.
-        leader = "routing_hard" if router else "fixed"
-        for mode in modes:
-            writes_text = not generated and mode.generates
-            if mode.name in store.rows and not writes_text:
-                continue
-            gate = mode.gate
-            if mode.calibrate:
-                label = f"calibrating {mode.name}"
-                gate = calibrate_gates(
-                    model, gate, calibration_tokens, max_seq_len, arguments.batch_size, progress=label
-                )
-            set_gate(model, gate)
-            if writes_text:
-                texts[mode.name] = eval_utils.generate_texts(model, tokenizer, prompts, **generate)
-            if mode.name in store.rows:
-                continue
-            table, record, speed = bench.score_gate(mode.name)
-            control = mode.control
-            if control is None:  # a control of its own, named by the share that the uncalibrated threshold realised
-                control = f"control_random_{record.mean_share():.4f}"
-                if control not in store.rows:
-                    bench.add_control(control, record.mean_share(), record.shares, arguments.random_seeds[:1])
-            elif mode.name == control.replace("control_random", leader) and control not in store.rows:
-                bench.add_control(control, mode.share, record.shares, arguments.random_seeds)
-            settings = {
-                "gate": gate.mode,
-                "signal": getattr(gate, "signal", "none"),
-                "uses_document": False,
-                "share_target": float("nan") if mode.share is None else mode.share,
-            }
-            bench.add_row(
-                mode.name, table, settings, record.layer_shares(), is_hard(gate), speed, store.tables[control]
-            )
-        detach_mamba_sidecars(model)
-        if not generated:
-            written_texts = {"prompts": prompts, "max_new_tokens": arguments.max_new_tokens, "texts": texts}
-            results.write_json(generations_path, written_texts, meta)
-
-    verdict = judge(store, arguments, layers, bootstrap)
-    results.write_json(verdict_path, verdict, meta)
-    store.write()
-    seeds.write()
-    print_summary(list(store.rows.values()), verdict, layers)
-    written = (store.path, seeds.path, store.documents_path, seeds.documents_path, generations_path, verdict_path)
-    print(f"\nWrote in {folder}: " + ", ".join(path.name for path in written))
+        study.print_plan(model, total, missing, 0.5 * speed, arguments.batch_size * max_seq_len)
+    share = config.VERDICT_SHARE if config.VERDICT_SHARE in arguments.shares else arguments.shares[0]
+    first = next(mode for mode in plan(arguments, leader, False, []) if mode.share == share)
+    margin = full_study.frozen_margin(part, first, arguments.random_seeds)
+    print(f"margin of no interest: {margin:.5f} nats per token", flush=True)
+    settings = {name: getattr(config, name) for name in FULL_SETTINGS}
+    deep = replace(part, meta=meta | {"arguments": meta["arguments"] | settings})
+    pool = []
+    if arguments.full and "sensitivity" in arguments.parts:
+        pool = text_data.tokenize(texts["calibration"][: config.PROBE_DOCUMENTS], tokenizer, arguments.max_tokens)
+        full_study.choose_estimator(
+            deep, config.SENSITIVITY_VALIDATION_DOCUMENTS, config.SENSITIVITY_INTERVENTIONS, config.SENSITIVITY_SAMPLES
+        )
+    frame = measure(part, deep, arguments, leader, pool)
+    inputs = {
+        "signal": arguments.signal, "layers": arguments.layers, "layer_indices": layers,
+        "sidecar_seeds": [one.seed for one in sets], "random_seeds": arguments.random_seeds,
+        "margin": json.loads((folder / "margin.json").read_text(encoding="utf-8")),
+    }  # fmt: skip
+    answer = verdict.judge(part.read_csv(DOCUMENTS), part.read_csv(RESULTS), part.rule, margin, inputs, arguments.quick)
+    results.write_json(folder / VERDICT, answer, meta)
+    print_summary(frame, answer, layers)
+    if arguments.full:
+        texts["train"] = text_data.load_documents(arguments.dataset, "train", arguments.seed)
+        further_parts(deep, arguments, texts, folder / "ablations")
+    written = sorted(path.name for path in folder.iterdir() if results.meta_path(path).exists() and is_own(path, meta))
+    print(f"\nWrote in {folder}: " + ", ".join(written))
     print("Next: open notebooks/visualize_routing.ipynb, which draws all results")
+
+
+def missing_runs(part: full_study.Study, arguments: argparse.Namespace, leader: str | None) -> int:
+    """Runs of the gates and controls of all sets that are still to be made: passes over the evaluation text."""
+    count = 0 if part.bench.has(TARGET, "baseline", 0) else 1
+    for sidecars in part.sets:
+        modes = plan(arguments, leader, sidecars.has_learned_gates, own_controls(arguments))
+        for mode in modes if sidecars is part.sets[0] else other_modes(modes, arguments.full):
+            runs = gate_study.runs_of(mode, arguments.random_seeds)
+            count += sum(not part.bench.has(TARGET, row, sidecars.seed, seed) for _, row, seed in runs)
+    return count
+
+
+def own_controls(arguments: argparse.Namespace) -> list[str]:
+    """The controls of a full study that rank tokens by what this study estimates."""
+    if not arguments.full or "sensitivity" not in arguments.parts:
+        return []
+    return ["oracle", "hindsight"] + [f"probe_{probe}" for probe in probes.PROBES if "probes" in arguments.parts]
+
+
+def is_own(path: Path, meta: dict) -> bool:
+    """Whether this run, or one with the same settings, wrote a file."""
+    written = json.loads(results.meta_path(path).read_text(encoding="utf-8")).get("arguments", {})
+    return meta["arguments"].items() <= written.items()
 
 
 def main(argv: list[str] | None = None) -> None:

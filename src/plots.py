@@ -32,6 +32,8 @@ COLOURS = {
     "routing_soft": "#56B4E9",
     "routing_threshold": "#CC79A7",
     "learned": "#009E73",
+    "ffn_sparsity_hard": "#0072B2",
+    "ffn_sparsity_soft": "#56B4E9",
     "untrained": "#D55E00",
 }
 MARKERS = {
@@ -42,6 +44,8 @@ MARKERS = {
     "routing_soft": "D",
     "routing_threshold": "P",
     "learned": "^",
+    "ffn_sparsity_hard": "o",
+    "ffn_sparsity_soft": "D",
 }
 LABELS = {
     "baseline": "baseline (attention only)",
@@ -51,6 +55,8 @@ LABELS = {
     "routing_soft": "routing, soft",
     "routing_threshold": "routing, uncalibrated threshold",
     "learned": "learned gate",
+    "ffn_sparsity_hard": "FFN sparsity, hard",
+    "ffn_sparsity_soft": "FFN sparsity, soft",
 }
 SPARSITY_MAP = "cividis"
 DELTA_NLL = "Δ NLL against baseline (nats per token)"
@@ -484,15 +490,21 @@ def _combined_label(name):
 # -- gate modes
 def gate_kind(mode):
     """Kind of a `mode` of gated_hybrid_results.csv: a key of COLOURS. Raises ValueError for a mode of no known kind."""
-    for kind in ("baseline", "fixed", "control_random", "routing_hard", "routing_soft", "routing_threshold", "learned"):
+    for kind in LABELS:
         if mode.startswith(kind):
             return kind
     raise ValueError(f"mode {mode!r}: no kind of gate is known by this name")
 
 
 def _is_variant(rows):
-    """Rows that vary a gate at a share it has a row for: `..._t<temperature>`, `..._lookahead`."""
-    return rows["mode"].str.contains(r"_(?:t[\d.]+|lookahead|previous)$")
+    """Rows that vary a gate at a share it has a row for: `..._t<temperature>`, `..._lookahead`, `..._shared`."""
+    return rows["mode"].str.contains(r"_(?:t[\d.]+|lookahead|previous|shared)$")
+
+
+def _gates(gated):
+    """The rows of the baseline, the deployable gates and each share's random control: controls of other kinds, and
+    those matched to one gate alone, have figures of their own (study_plots.py)."""
+    return gated[~gated["mode"].str.startswith("control_") | gated["mode"].str.fullmatch(r"control_random_[\d.]+")]
 
 
 def plot_gates(gated):
@@ -500,14 +512,11 @@ def plot_gates(gated):
     difference to the random control at the same share (paired, 95 %); left of zero is better than chance.
 
     `gated`: gated_hybrid_results.csv."""
-    rows = gated[gated["mode"] != "baseline"].copy()
+    rows = _gates(gated)
+    rows = rows[rows["mode"] != "baseline"].copy()
     rows["kind"] = [gate_kind(mode) for mode in rows["mode"]]
     # further temperatures and signals have the share of a gate drawn already: they stand in the right panel only
-    # and so does the control of the uncalibrated threshold, whose share nothing else has
-    extra = (rows["kind"] == "control_random") & ~rows["share_target"].isin(
-        rows.loc[rows["kind"] == "fixed", "share_target"]
-    )
-    shown = rows[~_is_variant(rows) & ~extra]
+    shown = rows[~_is_variant(rows)]
     kinds = [kind for kind in LABELS if kind in set(rows["kind"])]
     against = rows[rows["vs_random"].notna()]
     figure, (left, right) = new_figure(12.5, max(4.6, 1.5 + 0.27 * len(against)), 1, 2, width_ratios=[1, 1.05])
@@ -546,7 +555,8 @@ def plot_cost(gated, sweep=None):
     `gated`: gated_hybrid_results.csv. `sweep` (alpha_sweep_results.csv), where given, adds the decode speed of the
     baseline and of each alpha in a fourth panel. FLOPs ideal: a hard-gated token pays only its own path; executed: what
     the code runs (both paths)."""
-    rows = gated[~_is_variant(gated)].reset_index(drop=True)
+    rows = _gates(gated)
+    rows = rows[~_is_variant(rows)].reset_index(drop=True)
     kinds = [gate_kind(mode) for mode in rows["mode"]]
     panels = 4 if sweep is not None else 3
     figure, axes = new_figure(4.0 * panels - 0.5 + 1.0, 1.4 + 0.27 * len(rows), 1, panels)

@@ -57,6 +57,7 @@ PACKAGES = (
     "numpy",
     "pandas",
     "pyarrow",
+    "scikit-learn",
     "scipy",
     "xgboost",
     "xgboost-cpu",

@@ -274,6 +274,16 @@ def test_alpha_sweep_draws_the_numbers_of_the_file():
     assert drawn == pytest.approx(sweep[["ci_low", "ci_high"]].iloc[1:].to_numpy())
 
 
+def test_gates_leave_other_controls_to_other_figures():
+    table = gated_hybrid()
+    control = table[table["mode"].str.startswith("control_random_0.5")].iloc[:1]
+    names = ["control_inverted_0.5", "control_random_learned_0.5", "control_oracle_0.5", "control_random_threshold"]
+    more = pd.concat([table, *(control.assign(mode=name, vs_random=0.01) for name in names)], ignore_index=True)
+    for draw in (plots.plot_gates, plots.plot_cost):
+        labels = [[text.get_text() for text in axes.get_yticklabels()] for axes in draw(more).axes]
+        assert labels == [[text.get_text() for text in axes.get_yticklabels()] for axes in draw(table).axes]
+
+
 def test_gates_show_every_compared_mode_once():
     gated = gated_hybrid()
     left, right = plots.plot_gates(gated).axes

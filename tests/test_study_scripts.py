@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from src import study
+from src import verdict
 from src.blockffn import BlockFFNConfig, BlockFFNForCausalLM
 from src.mamba_sidecar import (
     SidecarSettings,
@@ -79,6 +79,13 @@ def folder(tmp_path_factory):
     for layer in attachment_of(model).hybrid_layers():
         torch.nn.init.normal_(layer.gate_proj.weight)
     save_learned_gates(model, home / "sidecars")
+    # a second set, as if distilled from seed 7
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for layer in attachment_of(model).hybrid_layers():
+            for parameter in layer.sidecar.parameters():
+                parameter.mul_(1 + 0.1 * torch.randn(()))
+    save_sidecars(model, home / "sidecars" / "seed_7", "b")
     detach_mamba_sidecars(model)
 
     rng = np.random.default_rng(0)
@@ -225,54 +232,103 @@ def test_replacement_ranks_and_chooses_on_calibration_text(folder, replace, tmp_
     assert (results_folder / "layer_replacement_results.csv").read_bytes() == before
 
 
-def test_gated_columns_modes_and_shares(gated_run):
+def test_gated_columns_modes_and_shares(gated_run, gated):
     folder = result_folder(gated_run)
     table = pd.read_csv(folder / "gated_hybrid_results.csv")
-    assert list(table.columns) == [
-        "mode", "gate", "signal", "uses_document", "share_target", "share_realised", "perplexity", "delta",
-        "pct_change", "delta_nll", "ci_low", "ci_high", "vs_random", "vs_random_ci_low", "vs_random_ci_high",
-        "flops_ideal", "flops_executed", "tokens_per_second", "memory_gb",
-    ]  # fmt: skip
+    assert list(table.columns) == list(gated.gate_study.RESULT_COLUMNS)
     rows = table.set_index("mode")
     assert rows.index.is_unique
-    expected = {"baseline", "routing_hard_0.5", "control_random_0.5", "fixed_0.5", "routing_soft_0.5", "learned_0.5"}
-    expected |= {"routing_soft_0.5_t0.03", "routing_hard_0.5_lookahead", "routing_threshold"}
-    extra = set(rows.index) - expected
-    assert expected <= set(rows.index) and len(extra) == 1 and extra.pop().startswith("control_random_0.")
+    assert set(rows.index) == {
+        "baseline", "routing_hard_0.5", "fixed_0.5", "routing_soft_0.5", "learned_0.5", "routing_soft_0.5_t0.03",
+        "routing_hard_0.5_lookahead", "routing_threshold", "control_random_0.5", "control_block_shuffled_0.5",
+        "control_inverted_0.5", "control_self_sparsity_0.5", "control_random_learned_0.5",
+        "control_random_lookahead_0.5", "control_random_threshold",
+    }  # fmt: skip
     assert set(rows.index[rows["gate"] == "routing"]) == {mode for mode in rows.index if "routing" in mode}
     assert set(rows.index[rows["gate"] == "fixed"]) == {mode for mode in rows.index if "fixed" in mode}
     assert set(rows.index[rows["uses_document"]]) == {mode for mode in rows.index if mode.startswith("control")}
     assert rows.loc["fixed_0.5", "share_realised"] == 0.5
-    assert rows.loc["control_random_0.5", "share_realised"] == rows.loc["routing_hard_0.5", "share_realised"]
     assert rows.loc["routing_hard_0.5", "share_realised"] == pytest.approx(0.5, abs=0.15)
-    assert rows.loc["routing_hard_0.5", "signal"] == "previous"
     assert rows.loc["routing_hard_0.5_lookahead", "signal"] == "lookahead"
+    # two sets of sidecars for the rule's modes, one for all others
+    twice = {"routing_hard_0.5", "control_random_0.5", "control_block_shuffled_0.5"}
+    assert set(rows.index[rows["sidecar_seeds"] == 2]) == twice
     compared = rows["vs_random"].notna()
-    assert set(rows.index[~compared]) == {"baseline"} | {mode for mode in rows.index if mode.startswith("control")}
+    assert set(rows.index[~compared]) == {"baseline"} | {mode for mode in rows.index if "control_random" in mode}
+    assert (rows.loc[compared, "p_holm"] >= rows.loc[compared, "p_value"]).all()
+    assert (rows.loc[compared, "p_value"] < rows.loc[compared, "p_holm"]).any()
+
+
+def test_compared_gates_have_equal_counts_in_every_document(gated_run):
+    folder = result_folder(gated_run)
+    rows = pd.read_csv(folder / "gated_hybrid_results.csv").set_index("mode")
+    documents = pd.read_csv(folder / "gated_hybrid_documents.csv")
+    share = documents.pivot(index=["document", "sidecar_seed"], columns="mode", values="mamba_share")
+    hard = [
+        mode for mode in rows.index
+        if isinstance(rows.loc[mode, "control"], str) and not mode.startswith(("fixed", "routing_soft"))
+    ]  # fmt: skip
+    assert len(hard) == 7
+    for mode in hard:
+        both = share[[mode, rows.loc[mode, "control"]]].dropna()
+        assert len(both) in (6, 12) and (both.iloc[:, 0] == both.iloc[:, 1]).all(), mode
 
 
 def test_gated_differences_follow_from_the_sums_per_document(gated_run):
     folder = result_folder(gated_run)
     rows = pd.read_csv(folder / "gated_hybrid_results.csv").set_index("mode")
     documents = pd.read_csv(folder / "gated_hybrid_documents.csv")
-    nll = documents.pivot(index="document", columns="mode", values="nll")
-    tokens = documents[documents["mode"] == "baseline"].set_index("document")["tokens"].loc[nll.index]
-    seeds = pd.read_csv(folder / "gated_hybrid_seeds_documents.csv").pivot(
-        index="document", columns="run", values="nll"
-    )
-    control = seeds[["control_random_0.5_seed0", "control_random_0.5_seed1"]].mean(axis=1)
-    assert nll["control_random_0.5"].to_numpy() == pytest.approx(control.to_numpy(), rel=1e-8)
-    assert not np.allclose(seeds["control_random_0.5_seed0"], seeds["control_random_0.5_seed1"])
-    difference = (nll["routing_hard_0.5"] - nll["control_random_0.5"]).sum() / tokens.sum()
+    nll = documents.pivot(index=["sidecar_seed", "document"], columns="mode", values="nll")
+    tokens = documents[documents["mode"] == "baseline"]["tokens"].sum()
+    runs = pd.read_csv(folder / "gated_hybrid_seeds_documents.csv").pivot(index="document", columns="run", values="nll")
+    drawn = runs[[f"target/control_random_0.5/sidecars7/{seed}" for seed in (0, 1)]]
+    assert nll.loc[7, "control_random_0.5"].to_numpy() == pytest.approx(drawn.mean(axis=1).to_numpy(), rel=1e-8)
+    assert not np.allclose(drawn.iloc[:, 0], drawn.iloc[:, 1])
+    difference = (nll["routing_hard_0.5"] - nll["control_random_0.5"]).sum() / tokens / 2
     assert rows.loc["routing_hard_0.5", "vs_random"] == pytest.approx(difference, abs=1e-9)
-    verdict = json.loads((folder / "verdict.json").read_text())
-    assert verdict["numbers"]["difference"] == pytest.approx(difference, abs=1e-9)
+    answer = json.loads((folder / "verdict.json").read_text())
+    assert answer["numbers"]["difference"] == pytest.approx(difference, abs=1e-9)
     low, high = (rows.loc["routing_hard_0.5", f"vs_random_ci_{side}"] for side in ("low", "high"))
-    expected = "supported" if high < 0 else "refuted" if low > 0 else "inconclusive"
-    assert verdict["outcome"] == expected and "preliminary" in verdict["label"]
-    pairs = {pair["routing"]: pair for pair in verdict["user_criterion"]["comparisons"]}
+    assert (answer["numbers"]["ci_low"], answer["numbers"]["ci_high"]) == pytest.approx((low, high), abs=1e-9)
+    assert "preliminary: 2 of 3 sets" in answer["label"] and "too few documents: 6 of 60" in answer["label"]
+    pairs = {pair["routing"]: pair for pair in answer["user_criterion"]["comparisons"]}
     assert set(pairs) == {"routing_hard_0.5", "routing_soft_0.5"}
     assert pairs["routing_hard_0.5"]["perplexity_fixed"] == pytest.approx(rows.loc["fixed_0.5", "perplexity"], rel=1e-9)
+
+
+def test_the_verdict_follows_from_the_files(gated_run, gated):
+    folder = result_folder(gated_run)
+    answer = json.loads((folder / "verdict.json").read_text())
+    again = verdict.judge(
+        pd.read_csv(folder / "gated_hybrid_documents.csv"),
+        pd.read_csv(folder / "gated_hybrid_results.csv"),
+        verdict.Rule(**answer["settings"]),
+        json.loads((folder / "margin.json").read_text())["margin"],
+        answer["inputs"],
+        quick=False,
+    )
+    assert json.loads(json.dumps(again)) == answer
+
+
+def test_the_margin_comes_from_calibration_text_alone(gated_run):
+    folder = result_folder(gated_run)
+    margin = json.loads((folder / "margin.json").read_text())
+    assert margin["margin"] == pytest.approx(0.2 * np.mean(list(margin["penalty_by_sidecar_seed"].values())), rel=1e-8)
+    assert set(margin["penalty_by_sidecar_seed"]) == {"0", "7"}
+    assert (
+        json.loads((folder / "margin.json.meta.json").read_text())["started"]
+        <= (json.loads((folder / "gated_hybrid_results.csv.meta.json").read_text())["started"])
+    )
+
+
+def test_domains_add_up(gated_run):
+    folder = result_folder(gated_run)
+    rows = pd.read_csv(folder / "gated_hybrid_results.csv").set_index("mode")
+    domains = pd.read_csv(folder / "gated_hybrid_domains.csv")
+    one = domains[domains["mode"] == "routing_hard_0.5"]
+    assert np.average(one["vs_random"], weights=one["tokens"]) == pytest.approx(
+        rows.loc["routing_hard_0.5", "vs_random"]
+    )
 
 
 def test_finished_gated_run_computes_nothing(gated_run, folder, gated, monkeypatch):
@@ -287,7 +343,7 @@ def test_interrupted_gated_run_resumes_to_the_same_files(gated_run, folder, gate
     score = gated.eval_utils.score_documents
 
     def breaks(*args, progress=None, **kwargs):
-        if progress == "fixed_0.5":
+        if progress == "fixed_0.5, set 0":
             raise KeyboardInterrupt
         return score(*args, progress=progress, **kwargs)
 
@@ -303,9 +359,9 @@ def test_interrupted_gated_run_resumes_to_the_same_files(gated_run, folder, gate
         assert (result_folder(tmp_path) / name).read_bytes() == (result_folder(gated_run) / name).read_bytes()
 
 
-def test_model_without_router_has_no_routing_rows(folder, gated, tmp_path):
+def test_a_model_without_router_goes_by_its_ffn_sparsity(folder, gated, tmp_path, capsys):
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
         intermediate_size=32, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -313,37 +369,32 @@ def test_model_without_router_has_no_routing_rows(folder, gated, tmp_path):
     model.save_pretrained(tmp_path / "llama")
     for file in (folder / "model").glob("tokenizer*"):
         shutil.copy(file, tmp_path / "llama")
-    attach_mamba_sidecar(model, [0, 1], settings=SidecarSettings(d_state=8, headdim=16, chunk_size=16))
+    attach_mamba_sidecar(model, [1, 2], settings=SidecarSettings(d_state=8, headdim=16, chunk_size=16))
     save_sidecars(model, tmp_path / "sidecars", "a")
-    more = [
-        "--layers",
-        "0,1",
-        *GATED[2:],
-        "--model",
-        str(tmp_path / "llama"),
-        "--sidecar-dir",
-        str(tmp_path / "sidecars"),
-    ]
+    more = [*GATED, "--model", str(tmp_path / "llama"), "--sidecar-dir", str(tmp_path / "sidecars")]
     gated.main(arguments(folder, tmp_path / "out", *more))
+    assert "FFN activation sparsity takes its place" in capsys.readouterr().out
     rows = pd.read_csv(result_folder(tmp_path / "out") / "gated_hybrid_results.csv").set_index("mode")
-    assert set(rows.index) == {"baseline", "fixed_0.5", "control_random_0.5"}
-    assert rows.loc["control_random_0.5", "share_realised"] == pytest.approx(0.5, abs=0.02)
-    verdict = json.loads((result_folder(tmp_path / "out") / "verdict.json").read_text())
-    assert verdict["outcome"] == "not applicable" and verdict["user_criterion"]["met"] is None
-
-
-def test_verdict_words_follow_the_interval(gated):
-    interval = study.stats.Interval
-    assert gated.decide(interval(-1.0, -2.0, -0.5)) == "supported"
-    assert gated.decide(interval(1.0, 0.5, 2.0)) == "refuted"
-    assert gated.decide(interval(-1.0, -2.0, 0.5)) == "inconclusive"
+    assert set(rows.index) == {
+        "baseline", "fixed_0.5", "ffn_sparsity_hard_0.5", "ffn_sparsity_soft_0.5", "control_random_0.5",
+        "control_block_shuffled_0.5", "control_inverted_0.5",
+    }  # fmt: skip
+    assert set(rows.index[rows["signal"] == "ffn_previous"]) == {"ffn_sparsity_hard_0.5", "ffn_sparsity_soft_0.5"}
+    assert rows.loc["ffn_sparsity_hard_0.5", "share_realised"] == pytest.approx(0.5, abs=0.1)
+    assert rows.loc["control_random_0.5", "share_realised"] == rows.loc["ffn_sparsity_hard_0.5", "share_realised"]
+    answer = json.loads((result_folder(tmp_path / "out") / "verdict.json").read_text())
+    assert answer["outcome"] == "not applicable" and answer["user_criterion"]["met"] is None
+    with pytest.raises(ValueError, match="no router"):
+        gated.main(arguments(folder, tmp_path / "out", *more, "--full"))
 
 
 def test_hybrid_layers_start_after_layer_zero(gated):
-    assert gated.hybrid_layers("first_half", 4, "previous", router=True) == [1]
-    assert gated.hybrid_layers("first_half", 4, "lookahead", router=True) == [0, 1]
+    assert gated.hybrid_layers("first_half", 4, "previous", "routing") == [1]
+    assert gated.hybrid_layers("first_half", 4, "lookahead", "routing") == [0, 1]
+    assert gated.hybrid_layers("first_half", 4, "lookahead", "ffn_sparsity") == [1]
+    assert gated.hybrid_layers("first_half", 4, "previous", None) == [0, 1]
     with pytest.raises(ValueError, match="layer 0"):
-        gated.hybrid_layers("0,1", 4, "previous", router=True)
+        gated.hybrid_layers("0,1", 4, "previous", "routing")
 
 
 @pytest.mark.parametrize(
@@ -379,3 +430,66 @@ def test_help_names_the_common_flags(name, capsys):
     shown = capsys.readouterr().out
     for flag in ("--quick", "--seed", "--device", "--model", "--output-dir", "--restart"):
         assert flag in shown
+
+
+@pytest.fixture(scope="module")
+def full_run(folder, gated, tmp_path_factory):
+    """--full without recall (the word tokenizer has none of its words), with budgets of a test."""
+    output = tmp_path_factory.mktemp("full")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "SENSITIVITY_SAMPLES": 4, "SENSITIVITY_VALIDATION_DOCUMENTS": 4, "SENSITIVITY_INTERVENTIONS": 48,
+            "SENSITIVITY_RESAMPLES": 40, "SENSITIVITY_PERMUTATIONS": 40, "SENSITIVITY_MAP_TOKENS": 20,
+            "PROBE_DOCUMENTS": 8, "ABLATION_STEPS_A": 2, "ABLATION_STEPS_B": 2, "DISTILL_SEQ_LEN": 32,
+            "DISTILL_BATCH_SIZE": 2, "DISTILL_TRAIN_WINDOWS": 8, "DISTILL_VALIDATION_WINDOWS": 2,
+            "MAMBA_D_STATE": 8, "MAMBA_HEADDIM": 16,
+        }.items():  # fmt: skip
+            patch.setattr(gated.config, name, value)
+        parts = ["--full", "--parts", "sensitivity", "probes", "layers", "ablations"]
+        gated.main(arguments(folder, output, *GATED, *parts))
+    return result_folder(output)
+
+
+def test_full_study_measures_every_control_at_equal_counts(full_run, gated):
+    rows = pd.read_csv(full_run / "gated_hybrid_results.csv").set_index("mode")
+    names = [*gated.controls.CONTROLS, "oracle", "hindsight", "probe_router_linear", "probe_hidden_mlp"]
+    documents = pd.read_csv(full_run / "gated_hybrid_documents.csv")
+    share = documents.pivot(index=["document", "sidecar_seed"], columns="mode", values="mamba_share")
+    for name in names:
+        mode = f"control_{name}_0.5"
+        assert rows.loc[mode, "uses_document"], mode
+        both = share[[mode, "routing_hard_0.5"]].dropna()
+        assert len(both) and (both.iloc[:, 0] == both.iloc[:, 1]).all(), mode
+    assert (
+        rows.loc["control_oracle_0.5", "sidecar_seeds"] == 2 and rows.loc["control_hindsight_0.5", "sidecar_seeds"] == 1
+    )
+    assert "routing_hard_0.5_shared" in rows.index
+
+
+def test_full_study_writes_what_explains_the_answer(full_run):
+    validation = pd.read_csv(full_run / "sensitivity_validation.csv")
+    assert set(validation["estimator"]) == {"fisher_m0", "fisher_mean"} and validation["chosen"].any()
+    correlations = pd.read_csv(full_run / "sensitivity_correlations.csv")
+    assert {"previous_sparsity", "lookahead_sparsity", "self_sparsity", "discrepancy"} <= set(correlations["signal"])
+    maps = json.loads((full_run / "sensitivity_maps.json").read_text())["documents"]
+    for one in maps:
+        assert np.shape(one["sensitivity"]) == np.shape(one["mamba"]) == (len(one["layers"]), len(one["tokens"]))
+    gap = pd.read_csv(full_run / "probe_gap.csv")
+    assert set(gap["probe"]) == {
+        "router_linear", "router_mlp", "hidden_linear", "hidden_mlp", "routing_hard", "learned",
+    }  # fmt: skip
+    sets = pd.read_csv(full_run / "layer_set_results.csv")
+    assert set(sets["layers"]) == {"all", "middle", "first_half", "last_half"}
+    for name in ("init", "stages", "d_state", "tokens", "signal", "softness", "threshold"):
+        table = pd.read_csv(full_run / f"ablation_{name}.csv")
+        assert len(table) >= 2, name
+    assert len(pd.read_csv(full_run / "distillation_curves.csv"))
+
+
+def test_a_full_study_goes_on_from_a_default_run(folder, gated, gated_run, full_run, monkeypatch, tmp_path):
+    """What a default run measured is in the full one too, number for number."""
+    default = pd.read_csv(result_folder(gated_run) / "gated_hybrid_seeds.csv").set_index("run")
+    full = pd.read_csv(full_run / "gated_hybrid_seeds.csv").set_index("run")
+    assert set(default.index) < set(full.index)
+    columns = ["share_realised", "perplexity", "flops_ideal"]
+    pd.testing.assert_frame_equal(default[columns], full.loc[default.index, columns])
