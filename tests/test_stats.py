@@ -521,3 +521,57 @@ def test_an_effect_of_the_minimum_detectable_size_is_found_four_times_in_five(mo
     effect = np.mean([stats.minimum_detectable_effect(row, zeros, sizes) for row in sums])
     found = rejections(monkeypatch, sums + effect * sizes, sizes, "studentised").mean()
     assert found == pytest.approx(0.8, abs=0.05)
+
+
+# -- sets of sidecars
+def test_equal_sets_are_one_set():
+    rng = np.random.default_rng(1)
+    a, b, count = rng.normal(size=30), rng.normal(size=30), rng.integers(1, 9, 30)
+    for method in ("percentile", "studentised"):
+        one = stats.paired_difference(a, b, count, 500, method=method)
+        assert stats.paired_difference(np.stack([a] * 3), b, count, 500, method=method) == one
+    assert stats.minimum_detectable_effect([a] * 3, b, count) == pytest.approx(
+        stats.minimum_detectable_effect(a, b, count)
+    )
+
+
+def test_without_variance_between_documents_sets_give_a_t_interval():
+    """Three sets that differ by constants, on documents that agree: mean +- t(2) * standard error of the sets."""
+    effects = np.array([0.1, 0.4, 0.7])
+    count = np.full(40, 5.0)
+    sums = effects[:, None] * count + np.random.default_rng(0).normal(0, 1e-6, (3, 40))
+    error = effects.std(ddof=1) / np.sqrt(3)
+    interval = stats.paired_difference(sums, np.zeros(40), count, 40_000, method="studentised")
+    reach = scipy_stats.t.ppf(0.975, 2) * error
+    assert interval.estimate == pytest.approx(0.4, abs=1e-6)
+    assert interval.high - 0.4 == pytest.approx(reach, rel=0.03) and 0.4 - interval.low == pytest.approx(
+        reach, rel=0.03
+    )
+    p = stats.paired_p_value(sums, np.zeros(40), count, 40_000, method="studentised")
+    assert p == pytest.approx(2 * scipy_stats.t.sf(0.4 / error, 2), rel=0.05)
+    effect = stats.minimum_detectable_effect(sums, np.zeros(40), count)
+    assert effect == pytest.approx((scipy_stats.t.ppf(0.975, 2) + scipy_stats.t.ppf(0.8, 2)) * error, rel=1e-3)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+def test_sets_keep_the_level(spread):
+    """No true effect; sets differ `spread` times as much as documents do: 5 % of intervals or fewer leave out 0."""
+    rng, wrong, alone, studies = np.random.default_rng(2), 0, 0, 300
+    for number in range(studies):
+        count = rng.integers(60, 600, 40).astype(float)
+        own = spread * np.linalg.norm(count) / count.sum() * np.sqrt(3)
+        sums = (own * rng.normal(size=(3, 1)) + rng.normal(size=40) + 0.5 * rng.normal(size=(3, 40))) * count
+        interval = stats.paired_difference(sums, np.zeros(40), count, 400, number, method="studentised")
+        wrong += not interval.low <= 0 <= interval.high
+        one = stats.paired_difference(sums.mean(axis=0), np.zeros(40), count, 400, number, method="studentised")
+        alone += not one.low <= 0 <= one.high
+    assert wrong / studies <= 0.075  # 5 % and two standard errors
+    if spread == 3.0:  # what an interval over documents alone does not know
+        assert alone / studies > 0.4
+
+
+def test_sets_must_fit():
+    with pytest.raises(ValueError, match=r"sum_b has shape \(2, 3\)"):
+        stats.paired_difference(np.zeros((3, 3)), np.zeros((2, 3)), np.ones(3))
+    with pytest.raises(ValueError, match="not finite"):
+        stats.paired_difference(np.array([[1.0, np.nan]]), np.zeros(2), np.ones(2))
