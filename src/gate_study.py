@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from safetensors import safe_open
 from torch import nn
 
 from src import controls, eval_utils, stats, study, verdict
@@ -71,8 +72,12 @@ class SidecarSet:
 
     @property
     def has_learned_gates(self) -> bool:
-        """Whether learned gates were trained with it."""
-        return (self.folder / LEARNED_GATES).is_file()
+        """Whether learned gates of all its layers were trained with it."""
+        path = self.folder / LEARNED_GATES
+        if not path.is_file():
+            return False
+        with safe_open(path, framework="np") as archive:
+            return {f"{layer}.weight" for layer in self.layers} <= set(archive.keys())
 
 
 @dataclass(frozen=True)
