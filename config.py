@@ -136,7 +136,7 @@ ABLATION_STEPS_B = 80  # of stage B
 
 # --- Seeds ---------------------------------------------------------------------------------------------------------
 SEED = 0  # everything that draws: data order, initialisation, bootstrap, tie-breaking of hard gates
-RANDOM_GATE_SEEDS = [0, 1]  # masks of controls drawn at random, for each set of sidecars, at VERDICT_SHARE
+RANDOM_GATE_SEEDS = [0]  # masks of controls drawn at random, for each set of sidecars, at VERDICT_SHARE
 
 # --- --quick: the same path through every script, on less -----------------------------------------------------------
 QUICK_EVAL_SAMPLES = 8  # documents scored, and calibrated on

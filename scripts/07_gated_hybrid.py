@@ -496,7 +496,7 @@ def missing_runs(part: full_study.Study, arguments: argparse.Namespace, leader: 
     for sidecars in part.sets:
         modes = plan(arguments, leader, sidecars.has_learned_gates, own_controls(arguments))
         for mode in modes if sidecars is part.sets[0] else other_modes(modes, arguments.full):
-            runs = gate_study.runs_of(mode, arguments.random_seeds)
+            runs = gate_study.runs_of(mode, gate_study.mask_seeds_of(sidecars, arguments.random_seeds))
             count += sum(not part.bench.has(TARGET, row, sidecars.seed, seed) for _, row, seed in runs)
     return count
 

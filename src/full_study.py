@@ -7,7 +7,7 @@ margin is fixed, before a gate sees the evaluation text.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -184,8 +184,7 @@ def gate_scores(part: Study, mode: Mode) -> Cells:
     """A gate's scores on the evaluation text, negated: they fall with the mamba share. The main set is attached."""
 
     def compute() -> Cells:
-        gate = gate_study.calibrate(part.bench, mode.gate, mode.name)
-        set_gate(part.bench.model, gate)
+        set_gate(part.bench.model, gate_study.calibrate(part.bench, mode, part.sets[0]))
         with record_gates(part.bench.model) as record:
             eval_utils.score_documents(
                 part.bench.model, part.bench.tokens, on_batch=attachment_of(part.bench.model).on_batch,
@@ -222,8 +221,7 @@ def write_maps(part: Study, cells: Cells, most_tokens: int) -> None:
     bench, chosen = part.bench, {}
     for document in bench.tokens:
         chosen.setdefault(document.domain, document)
-    gate = RoutingGate(part.rule.share, signal=part.rule.signal, hard=True, seed=part.rule.seed)
-    set_gate(bench.model, gate_study.calibrate(bench, gate, "maps"))
+    set_gate(bench.model, gate_study.calibrate(bench, hard_routing(part), part.sets[0]))
     with record_gates(bench.model) as record:
         eval_utils.score_documents(
             bench.model, list(chosen.values()), on_batch=attachment_of(bench.model).on_batch, **bench.score
@@ -343,7 +341,7 @@ def recall_study(
         rows += recall.recall_rows(baseline, baseline, "baseline", 0.0, None, part.rule.resamples, part.rule.seed)
         with attached(bench.model, part.sets[0]):
             for mode in recall_modes(part, share):
-                gate = gate_study.calibrate(bench, mode.gate, mode.name) if mode.calibrate else mode.gate
+                gate = gate_study.calibrate(bench, mode, part.sets[0])
                 table, record = _recall(bench, gate, asked, f"recall {length}, {mode.name}")
                 rows += recall.recall_rows(
                     table, baseline, mode.name, mode.share, record.shares, part.rule.resamples, part.rule.seed
@@ -363,13 +361,19 @@ def recall_study(
         part.write_csv(name, rows)
 
 
+def hard_routing(part: Study) -> Mode:
+    """The rule's routing gate."""
+    share = part.rule.share
+    gate = RoutingGate(share, signal=part.rule.signal, hard=True, seed=part.rule.seed)
+    return Mode(f"{verdict.ROUTING}_{share:g}", gate, share, True)
+
+
 def recall_modes(part: Study, share: float) -> list[Mode]:
     """What recall is measured under: fixed alpha, all on Mamba; hard routing and learned, with random masks."""
-    hard = RoutingGate(share, signal=part.rule.signal, hard=True, seed=part.rule.seed)
     modes = [
         Mode(f"fixed_{share:g}", FixedGate(share), share, False),
         Mode("fixed_1", FixedGate(1.0), 1.0, False),
-        Mode(f"routing_hard_{share:g}", hard, share, True, controls=(("random", f"control_random_{share:g}"),)),
+        replace(hard_routing(part), controls=(("random", f"control_random_{share:g}"),)),
     ]
     if part.sets[0].has_learned_gates:
         learned = LearnedGate(share, hard=True, seed=part.rule.seed)

@@ -8,7 +8,7 @@ was recorded while they ran.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,6 @@ from src.gates import (
     LearnedGate,
     MaskGate,
     RoutingGate,
-    ScoredGate,
     is_hard,
     matched_random_masks,
 )
@@ -101,7 +100,10 @@ class Mode:
 
 @dataclass
 class Bench:
-    """What runs are measured with: model, text, settings of scoring, mean active experts per layer, and their store."""
+    """What runs are measured with: model, text, settings of scoring, mean active experts per layer, and their store.
+
+    calibrated: gates by (mode, sidecar seed, layers), so that none is calibrated twice in a run.
+    """
 
     model: nn.Module
     tokens: list[TokenDocument]
@@ -109,6 +111,7 @@ class Bench:
     score: dict
     active: list[float]
     store: study.ResultStore
+    calibrated: dict[tuple, Gate] = field(default_factory=dict)
 
     def has(self, layers: str, mode: str, sidecar_seed: int, mask_seed: int = 0) -> bool:
         """Whether this run is there."""
@@ -275,6 +278,7 @@ def measure_set(
     while a mode's calibrated gate is set (to generate text with it), by mode.
     Raises ValueError where a control's counts differ from its gate's in any layer of any document.
     """
+    mask_seeds = mask_seeds_of(sidecars, mask_seeds)
     for mode in modes:
         absent = [run for run in runs_of(mode, mask_seeds) if not bench.has(layers, run[1], sidecars.seed, run[2])]
         missing = [run for run in absent if run[1] != mode.name]
@@ -282,7 +286,7 @@ def measure_set(
         is_there = not absent
         if is_there and visitor is None:
             continue
-        gate = calibrate(bench, mode.gate, mode.name, mode.name.endswith("_shared")) if mode.calibrate else mode.gate
+        gate = calibrate(bench, mode, sidecars)
         if visitor is not None:
             set_gate(bench.model, gate)
             visitor()
@@ -324,12 +328,23 @@ def random_of(mode: Mode) -> str:
     return next((row for name, row in mode.controls if name == "random"), "")
 
 
-def calibrate(bench: Bench, gate: ScoredGate, label: str, shared: bool = False):
-    """The gate calibrated on the bench's calibration text."""
-    return calibrate_gates(
-        bench.model, gate, bench.calibration, bench.score["max_seq_len"], bench.score["batch_size"],
-        progress=f"calibrating {label}", shared=shared,
-    )  # fmt: skip
+def mask_seeds_of(sidecars: SidecarSet, mask_seeds: Sequence[int]) -> list[int]:
+    """Seeds of random masks for one set: other ones for every set, so that the mean over sets is one over masks too."""
+    return [seed + 1000 * sidecars.seed for seed in mask_seeds]
+
+
+def calibrate(bench: Bench, mode: Mode, sidecars: SidecarSet) -> Gate:
+    """A mode's gate, calibrated on the bench's calibration text where it is to be; the set must be attached."""
+    key = (mode.name, sidecars.seed, tuple(sidecars.layers))
+    if key not in bench.calibrated:
+        gate = mode.gate
+        if mode.calibrate:
+            gate = calibrate_gates(
+                bench.model, gate, bench.calibration, bench.score["max_seq_len"], bench.score["batch_size"],
+                progress=f"calibrating {mode.name}, set {sidecars.seed}", shared=mode.name.endswith("_shared"),
+            )  # fmt: skip
+        bench.calibrated[key] = gate
+    return bench.calibrated[key]
 
 
 def control_masks(
@@ -387,13 +402,12 @@ def penalty_on(
 
     The set must be attached; baseline: the sums of the model without sidecars. Behind the margin of `verdict.Rule`.
     """
-    gate = calibrate(bench, mode.gate, f"{mode.name}, set {sidecars.seed}") if mode.calibrate else mode.gate
-    set_gate(bench.model, gate)
+    set_gate(bench.model, calibrate(bench, mode, sidecars))
     on_batch = attachment_of(bench.model).on_batch
     with record_gates(bench.model) as record:
         eval_utils.score_documents(bench.model, bench.calibration, on_batch=on_batch, **bench.score)
     tables = []
-    for seed in mask_seeds:
+    for seed in mask_seeds_of(sidecars, mask_seeds):
         set_gate(bench.model, MaskGate(matched_random_masks(record.shares, seed)))
         label = f"margin, set {sidecars.seed}, seed {seed}"
         scores = eval_utils.score_documents(
