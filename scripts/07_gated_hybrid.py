@@ -214,8 +214,8 @@ def plan(arguments: argparse.Namespace, leader: str | None, learned: bool, extra
 
 
 def other_modes(modes: list[gate_study.Mode], full: bool) -> list[gate_study.Mode]:
-    """What the further sets of sidecars measure: hard routing at the rule's share against random and block-shuffled;
-    in a full study at every share, with the oracle, and the learned gate."""
+    """What the further sets of sidecars measure: hard routing at the rule's share against random and block-shuffled, and
+    fixed alpha; in a full study at every share, with the oracle, and the learned gate."""
     kept = ("random", "block_shuffled", "oracle") if full else ("random", "block_shuffled")
     shares = [mode.share for mode in modes if mode.share is not None] if full else [config.VERDICT_SHARE]
     names = [f"{verdict.ROUTING}_{share:g}" for share in shares]
@@ -224,7 +224,8 @@ def other_modes(modes: list[gate_study.Mode], full: bool) -> list[gate_study.Mod
         for mode in modes
         if mode.name in names
     ]
-    return chosen + [mode for mode in modes if full and mode.name == f"learned_{config.VERDICT_SHARE:g}"]
+    plain = [f"fixed_{share:g}" for share in shares] + [f"learned_{config.VERDICT_SHARE:g}"] * full
+    return chosen + [mode for mode in modes if mode.name in plain]
 
 
 def generate(part: full_study.Study, arguments: argparse.Namespace, modes: list[gate_study.Mode]):

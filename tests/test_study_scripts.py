@@ -256,7 +256,7 @@ def test_gated_columns_modes_and_shares(gated_run, gated):
     assert rows.loc["routing_hard_0.5", "share_realised"] == pytest.approx(0.5, abs=0.15)
     assert rows.loc["routing_hard_0.5_lookahead", "signal"] == "lookahead"
     # two sets of sidecars for the rule's modes, one for all others
-    twice = {"routing_hard_0.5", "control_random_0.5", "control_block_shuffled_0.5"}
+    twice = {"routing_hard_0.5", "control_random_0.5", "control_block_shuffled_0.5", "fixed_0.5"}
     assert set(rows.index[rows["sidecar_seeds"] == 2]) == twice
     compared = rows["vs_random"].notna()
     assert set(rows.index[~compared]) == {"baseline"} | {mode for mode in rows.index if "control_random" in mode}
