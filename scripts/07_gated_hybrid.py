@@ -214,8 +214,8 @@ def plan(arguments: argparse.Namespace, leader: str | None, learned: bool, extra
 
 
 def other_modes(modes: list[gate_study.Mode], full: bool) -> list[gate_study.Mode]:
-    """What the further sets of sidecars measure: hard routing at the rule's share against random and block-shuffled, and
-    fixed alpha; in a full study at every share, with the oracle, and the learned gate."""
+    """What the further sets of sidecars measure: at the rule's share hard routing against random and block-shuffled,
+    and fixed alpha; in a full study at every share, with the oracle, and the learned gate."""
     kept = ("random", "block_shuffled", "oracle") if full else ("random", "block_shuffled")
     shares = [mode.share for mode in modes if mode.share is not None] if full else [config.VERDICT_SHARE]
     names = [f"{verdict.ROUTING}_{share:g}" for share in shares]
