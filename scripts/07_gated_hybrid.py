@@ -448,6 +448,12 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
     print(f"gates are calibrated on {len(calibration)} other documents, and the margin is taken from them")
     if store.resumed:
         print(f"resumed: {len(store.resumed)} runs are there already")
+    if len(sets) < config.VERDICT_SIDECAR_SETS:
+        print(
+            f"the rule asks for {config.VERDICT_SIDECAR_SETS} sets of sidecars; to add one: python "
+            f"scripts/04_test_sidecar.py --model {arguments.model} --retrain --seed 1 --steps-gate 0 "
+            f"--stage-a-layers {arguments.layers} --layers {arguments.layers} --sidecar-dir {main_folder / 'seed_1'}"
+        )
     if not sets[0].has_learned_gates:
         print(f"no learned gate in {main_folder}: its rows are left out (04_test_sidecar.py --retrain trains it)")
     if leader != "routing":
