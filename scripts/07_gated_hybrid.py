@@ -462,16 +462,17 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
 
     bench = gate_study.Bench(model, tokens, calibration_tokens, score, [], store)
     part = full_study.Study(bench, sets, folder, meta, rule_of(arguments), tokenizer, arguments.restart)
+    # before anything is scored on the evaluation text, were it only to measure speed
+    share = config.VERDICT_SHARE if config.VERDICT_SHARE in arguments.shares else arguments.shares[0]
+    first = next(mode for mode in plan(arguments, leader, False, []) if mode.share == share)
+    margin = full_study.frozen_margin(part, first, arguments.random_seeds)
+    print(f"margin of no interest: {margin:.5f} nats per token", flush=True)
     missing = missing_runs(part, arguments, leader)
     if missing:
         sample = study.speed_sample(tokens)
         bench.active = study.active_experts(model, sample, max_seq_len, arguments.batch_size)  # also the warm-up
         speed = study.measure(model, sample, **score)["tokens_per_second"]
         study.print_plan(model, total, missing, 0.5 * speed, arguments.batch_size * max_seq_len)
-    share = config.VERDICT_SHARE if config.VERDICT_SHARE in arguments.shares else arguments.shares[0]
-    first = next(mode for mode in plan(arguments, leader, False, []) if mode.share == share)
-    margin = full_study.frozen_margin(part, first, arguments.random_seeds)
-    print(f"margin of no interest: {margin:.5f} nats per token", flush=True)
     settings = {name: getattr(config, name) for name in FULL_SETTINGS}
     deep = replace(part, meta=meta | {"arguments": meta["arguments"] | settings})
     pool = []

@@ -1,9 +1,9 @@
 """Gates and controls at equal counts: one run is one pass of one gate over the documents, with one set of sidecars.
 
-`measure_set` makes the runs, `tables` derives the result files from them: a mode's row averages its runs over the seeds
-of random masks, then over the sets of sidecars, whose variance is in its intervals. Every control is compared with the
-gate that it was matched to; that both send equally many tokens of every document and layer to Mamba is checked on what
-was recorded while they ran.
+`measure_set` makes the runs; `document_sums`, `result_table` and `domain_table` derive the result files: a mode's row
+averages its runs over the seeds of random masks, then over the sets of sidecars, whose variance is in its intervals.
+Every control is compared with the gate that it was matched to; that both send equally many tokens of every document and
+layer to Mamba is checked on what was recorded while they ran.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -158,7 +158,7 @@ class Bench:
 
 
 def run_name(layers: str, mode: str, sidecar_seed: int, mask_seed: int = 0) -> str:
-    """The key of a run: `middle/routing_hard_0.5/sidecars0/0`."""
+    """The key of a run: `target/routing_hard_0.5/sidecars0/0`."""
     return f"{layers}/{mode}/sidecars{sidecar_seed}/{mask_seed}"
 
 

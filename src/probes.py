@@ -253,7 +253,7 @@ def gap_closed(
     gained, gap = gains.sum(axis=0)
     if not gap > 0:
         return stats.Interval(np.nan, np.nan, np.nan)
-    sums = np.concatenate([counts @ gains for counts in stats._draws(len(gains), resamples, seed)])  # [R, 2]
+    sums = np.concatenate([counts @ gains for counts in stats.resampled_counts(len(gains), resamples, seed)])  # [R, 2]
     limits = []
     for tail, without in (((1 - level) / 2, -np.inf), ((1 + level) / 2, np.inf)):
         ratios = np.full(len(sums), without)

@@ -211,7 +211,7 @@ def rank_correlation(x, y, clusters: Sequence, resamples: int = 1_000, seed: int
     # A resample only changes how often each value counts: the sorting is done once.
     levels = [np.unique(values, return_inverse=True)[1] for values in (x, y)]
     drawn = []
-    for counts in _draws(num_clusters, resamples, seed):
+    for counts in resampled_counts(num_clusters, resamples, seed):
         for row in counts:
             weights = row[member].astype(np.float64)
             drawn.append(_weighted_correlation(*(_midranks(level, weights) for level in levels), weights))
@@ -253,7 +253,7 @@ def partial_rank_correlation(
     estimate = correlation(np.ones(len(member)))
     if not np.isfinite(estimate):
         raise ValueError("x or y is constant, or a function of the covariates' ranks: it has no partial correlation")
-    draws = _draws(int(member.max()) + 1, resamples, seed)
+    draws = resampled_counts(int(member.max()) + 1, resamples, seed)
     drawn = np.array([correlation(row[member].astype(np.float64)) for counts in draws for row in counts])
     drawn = drawn[np.isfinite(drawn)]
     if not len(drawn):
@@ -374,7 +374,7 @@ def _check_draws(resamples: int, level: float) -> None:
         raise ValueError(f"level is {level}; it must lie between 0 and 1, for example 0.95")
 
 
-def _draws(num_clusters: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+def resampled_counts(num_clusters: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each cluster is drawn [chunk, num_clusters], for `resamples` resamples in chunks."""
     rng = np.random.default_rng(seed)
     chunk = max(1, CHUNK_ENTRIES // num_clusters)
@@ -417,14 +417,14 @@ def _bootstrap(
     estimate = float(numerator.sum() / denominator.sum())
     values = np.stack((numerator, denominator), axis=1)
     if method == "percentile":
-        sums = np.concatenate([counts @ values for counts in _draws(len(values), resamples, seed)])
+        sums = np.concatenate([counts @ values for counts in resampled_counts(len(values), resamples, seed)])
         sums = sums[sums[:, 1] > 0]
         return estimate, _with_sets(sums[:, 0] / sums[:, 1], sets, set_error, seed)
     values[:, 0] -= estimate * denominator  # the deviations from the estimate, which sum to 0
     # The standard error of a ratio of sums is root(sum of squared deviations from that ratio) / sum of denominators.
     # The factor N / (N - 1) under the root would be the same in each resample: it cancels.
     error = np.linalg.norm(values[:, 0]) / denominator.sum()
-    t = np.concatenate([_t_values(counts, values) for counts in _draws(len(values), resamples, seed)])
+    t = np.concatenate([_t_values(counts, values) for counts in resampled_counts(len(values), resamples, seed)])
     return estimate, _with_sets(estimate - t * error, sets, set_error, seed)
 
 

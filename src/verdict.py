@@ -1,8 +1,8 @@
 """The rule by which the study answers its question, stated before the numbers; it reads saved sums, nothing else.
 
 Sums are those of gated_hybrid_documents.csv: one row per mode, set of sidecars (sidecar_seed) and document, with its
-tokens and its NLL in nats, averaged over the seeds of random masks. `judge` of that file, read back, gives
-verdict.json.
+tokens and its NLL in nats, averaged over the seeds of random masks. `judge` of that file, of gated_hybrid_results.csv
+(for the first criterion's perplexities) and of the margin in margin.json, read back, gives verdict.json.
 """
 
 from dataclasses import asdict, dataclass

@@ -468,8 +468,8 @@ def rejections(monkeypatch, sums: np.ndarray, counts: np.ndarray, method: str, r
     The draws depend on the seed alone, and every simulation has the same seed, as every comparison of a study has:
     drawing once for all of them changes no result and takes most of the time away.
     """
-    draws = list(stats._draws(len(counts), resamples, 0))
-    monkeypatch.setattr(stats, "_draws", lambda *arguments: draws)
+    draws = list(stats.resampled_counts(len(counts), resamples, 0))
+    monkeypatch.setattr(stats, "resampled_counts", lambda *arguments: draws)
     zeros = np.zeros(len(counts))
     intervals = [stats.paired_difference(row, zeros, counts, resamples, method=method) for row in sums]
     monkeypatch.undo()
