@@ -763,7 +763,7 @@ def plot_distillation(curves):
 
 
 # -- verdict
-def verdict_text(answer, width=110):
+def verdict_in_full(answer, width=110):
     """verdict.json in full as wrapped lines `name: value`, lists of comparisons an entry a line."""
     lines = []
 

@@ -600,7 +600,7 @@ def test_ablations_draw_the_files(read):
 
 
 def test_verdict_is_quoted_in_full():
-    text = study_plots.verdict_text(VERDICT, width=80)
+    text = study_plots.verdict_in_full(VERDICT, width=80)
     assert max(map(len, text.splitlines())) <= 80
     joined = " ".join(text.split())
     for part in (VERDICT["rule"].strip(), "margin: 0.0226", "outcome: refuted", "routing_hard_0.5: no", "0.141788",
