@@ -67,8 +67,10 @@ def correlation_table(
 
     The layers are those of `sensitivity`. Layer `all` pools ranks taken within each layer, so that the layers' levels
     do not count. partial_rho is partialled for position, token frequency (`controls.frequency_scores`) and the previous
-    token's surprisal (`controls.collect_scores`). Intervals are over documents. p_value: of partial_rho, by block
-    permutation; p_holm: over all rows, so the smallest possible one is (number of rows) / (1 + permutations).
+    token's surprisal (`controls.collect_scores`), and its ranks are taken within each document: documents whose tokens
+    are sparser and more sensitive throughout do not count, as they do not for gates that are compared at equal counts
+    per document. Intervals are over documents. p_value: of partial_rho, by block permutation; p_holm: over all rows, so
+    the smallest possible one is (number of rows) / (1 + permutations).
 
     Raises ValueError for cells without a value, and as `stats.partial_rank_correlation` does.
     """
@@ -80,7 +82,8 @@ def correlation_table(
         lengths = [len(document.ids) - 1 for document in token_documents]
         clusters = np.tile(np.repeat(np.arange(len(lengths)), lengths), len(chosen))
         positions = np.tile(np.concatenate([np.arange(length) for length in lengths]), len(chosen))
-        strata = np.repeat(chosen, sum(lengths))
+        layer_of = np.repeat(chosen, sum(lengths))
+        document_of = layer_of * len(lengths) + clusters  # of a layer
         x, y, *others = (
             _values(cells, token_documents, chosen, title)
             for cells, title in (
@@ -93,10 +96,10 @@ def correlation_table(
         covariates = np.stack([positions, *others])
         plain, partial = (
             stats.partial_rank_correlation(x, y, given, clusters, resamples, seed, level, strata)
-            for given in (covariates[:0], covariates)
+            for given, strata in ((covariates[:0], layer_of), (covariates, document_of))
         )
         p_value = stats.block_permutation_p(
-            x, y, covariates, clusters, positions, BLOCK_TOKENS, permutations, seed, strata
+            x, y, covariates, clusters, positions, BLOCK_TOKENS, permutations, seed, document_of
         )
         rows.append(
             {

@@ -277,9 +277,10 @@ def block_permutation_p(
     positions [N]: of each value in its document; block b holds positions b * block .. (b + 1) * block - 1. The blocks
     of a document are put in a random order, the same in all strata (layers); behind a moved short block values start
     early. y and the covariates stay. Blocks keep the likeness of neighbouring tokens, for which permuting single tokens
-    (block = 1) finds too many correlations. What whole documents have in common stays in every permutation: it is the
-    association within documents that is tested. p = (1 + hits) / (1 + permutations) (Phipson and Smyth 2010), hits
-    counting the correlations at least as far from 0: to stay small under Holm's correction it needs many.
+    (block = 1) finds too many correlations. What whole documents have in common stays in every permutation, so their
+    correlations need not lie around 0, and it is the association within documents that is tested: p = (1 + hits) /
+    (1 + permutations) (Phipson and Smyth 2010), hits counting the correlations at least as far as the observed one from
+    the mean of them all, the observed one included. To stay small under Holm's correction it needs many permutations.
 
     Other arguments and errors as in `partial_rank_correlation`; also raises ValueError for block < 1, permutations < 1
     and two values of one document (and stratum) at the same position.
@@ -309,12 +310,12 @@ def block_permutation_p(
         left = total - ((x @ basis.T) ** 2).sum(axis=1)
         return x @ y_residual / np.sqrt(np.maximum(left, _NO_VARIANCE * len(y_residual)) * y_left)
 
-    observed = abs(correlations(x_ranks[None])[0])
+    found = [correlations(x_ranks[None])]
     # One entry per block of a group: where it starts, its length, and which block of its document it is.
     starts = np.flatnonzero(np.diff(group, prepend=-1) | np.diff(positions // block, prepend=-1))
     lengths = np.diff(starts, append=len(member))
     _, which = np.unique(np.stack([member[starts], positions[starts] // block]), axis=1, return_inverse=True)
-    which, rng, hits = which.ravel(), np.random.default_rng(seed), 0
+    which, rng = which.ravel(), np.random.default_rng(seed)
     chunk = max(1, CHUNK_ENTRIES // len(member))
     for first in range(0, permutations, chunk):
         size = min(chunk, permutations - first)
@@ -323,9 +324,11 @@ def block_permutation_p(
         ends = np.cumsum(lengths[shuffled], axis=1)
         shifts = np.repeat((starts[shuffled] + lengths[shuffled] - ends).ravel(), lengths[shuffled].ravel())
         sources = shifts.reshape(size, -1) + np.arange(len(member))
-        # an order that moves nothing must count as a hit, whatever the rounding
-        hits += int(np.count_nonzero(np.abs(correlations(x_ranks[sources])) >= observed - 1e-12))
-    return (1 + hits) / (1 + permutations)
+        found.append(correlations(x_ranks[sources]))
+    found = np.concatenate(found)
+    distance = np.abs(found - found.mean())
+    # the observed order is one of them, and one that moves nothing must count as well, whatever the rounding
+    return float(np.mean(distance >= distance[0] - 1e-12))
 
 
 def _checked(named: dict[str, Sequence]) -> list[np.ndarray]:

@@ -459,7 +459,7 @@ def plot_correlations(correlations):
     ]
     figure.legend(handles=more, fontsize=8.5, ncols=4, frameon=False, loc="outside lower center")
     figure.suptitle(
-        "Which signal tells what a token's attention is worth? (position, frequency and surprisal partialled out)",
+        "Which signal tells what a token's attention is worth? Within documents, beyond position, frequency, surprisal",
         fontsize=10.5,
     )
     return figure

@@ -176,6 +176,7 @@ def test_correlations_against_ranks_by_hand():
         "partial_ci_high", "p_value", "p_holm",
     ]  # fmt: skip
     position = cells_of(lambda i, layer, n: np.arange(n))
+    sized = list(zip(documents, LENGTHS, strict=True))
     for row in rows:
         layers = LAYERS if row["layer"] == "all" else [row["layer"]]
         ranks = np.stack(
@@ -184,7 +185,13 @@ def test_correlations_against_ranks_by_hand():
                 for c in (signals[row["signal"]], target, position, frequency, surprisal)
             ]
         )
-        inverse = np.linalg.inv(np.corrcoef(ranks))
+        within = np.stack(
+            [
+                np.concatenate([(rankdata(c[d.id][layer]) - 0.5) / n for layer in layers for d, n in sized])
+                for c in (signals[row["signal"]], target, position, frequency, surprisal)
+            ]
+        )
+        inverse = np.linalg.inv(np.corrcoef(within))
         assert row["cells"] == len(layers) * sum(LENGTHS)
         assert row["rho"] == pytest.approx(np.corrcoef(ranks[:2])[0, 1], abs=1e-12)
         assert row["partial_rho"] == pytest.approx(-inverse[0, 1] / np.sqrt(inverse[0, 0] * inverse[1, 1]), abs=1e-10)
