@@ -20,7 +20,7 @@ from src import eval_utils, results, study, text_data
 from src.mamba_sidecar import (
     attach_mamba_sidecar,
     attachment_of,
-    bypass_sidecars,
+    base_logits,
     check_base,
     detach_mamba_sidecars,
     set_all_alphas,
@@ -111,8 +111,7 @@ def cached_reference(model, limit_gb: float):
         key = (tuple(input_ids.shape), input_ids.cpu().numpy().tobytes())
         if key in kept:
             return kept[key].to(input_ids.device)
-        with bypass_sidecars(model):
-            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        logits = base_logits(model, input_ids, attention_mask)
         size = logits.numel() * logits.element_size()
         if size <= room:
             room -= size

@@ -40,6 +40,7 @@ from src.model_loading import context_length, has_gated_mlp, has_router, load_mo
 PARTS = ("sensitivity", "probes", "layers", "recall", "ablations")
 RUNS, RUN_DOCUMENTS = "gated_hybrid_seeds.csv", "gated_hybrid_seeds_documents.csv"
 RESULTS, DOCUMENTS, DOMAINS = "gated_hybrid_results.csv", "gated_hybrid_documents.csv", "gated_hybrid_domains.csv"
+PAIRS = "gated_hybrid_pairs.csv"
 TARGET = "target"  # what runs on the layers asked for are filed under
 GENERATIONS, VERDICT = "gated_hybrid_generations.json", "verdict.json"
 # Settings of config.py that only the files of a full study depend on.
@@ -214,9 +215,9 @@ def plan(arguments: argparse.Namespace, leader: str | None, learned: bool, extra
 
 
 def other_modes(modes: list[gate_study.Mode], full: bool) -> list[gate_study.Mode]:
-    """What the further sets of sidecars measure: at the rule's share hard routing against random and block-shuffled,
-    and fixed alpha; in a full study at every share, with the oracle, and the learned gate."""
-    kept = ("random", "block_shuffled", "oracle") if full else ("random", "block_shuffled")
+    """What the further sets of sidecars measure: at the rule's share hard routing against random and its own shuffled
+    decisions, and fixed alpha; in a full study at every share, with the oracle, and the learned gate."""
+    kept = ("random", *controls.SHUFFLED_BLOCKS) + ("oracle",) * full
     shares = [mode.share for mode in modes if mode.share is not None] if full else [config.VERDICT_SHARE]
     names = [f"{verdict.ROUTING}_{share:g}" for share in shares]
     chosen = [
@@ -338,6 +339,7 @@ def measure(
     sums = part.read_csv(DOCUMENTS)
     frame = gate_study.result_table(bench.store, name, sums, part.rule)
     part.write_csv(RESULTS, frame)
+    part.write_csv(PAIRS, gate_study.pair_table(sums, frame, part.rule))
     part.write_csv(DOMAINS, gate_study.domain_table(sums, frame, part.rule))
     if predicted:
         full_study.write_gaps(deep, sums, cells, predicted, arguments.shares)
@@ -354,7 +356,9 @@ def further_parts(part: full_study.Study, arguments: argparse.Namespace, train_t
             named[spec] = gate_study.checked_sets({main.seed: main.folder}, layers, arguments.stage)[0]
         share = config.VERDICT_SHARE
         modes = [
-            replace(mode, controls=tuple(pair for pair in mode.controls if pair[0] in ("random", "block_shuffled")))
+            replace(
+                mode, controls=tuple(pair for pair in mode.controls if pair[0] in ("random", *controls.SHUFFLED_BLOCKS))
+            )
             for mode in plan(arguments, "routing", False, [])
             if mode.name in (f"{verdict.ROUTING}_{share:g}", f"fixed_{share:g}", f"routing_soft_{share:g}")
         ]

@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from src.mamba_sidecar import (
     attach_mamba_sidecar,
     attachment_of,
     attention_settings,
-    bypass_sidecars,
+    base_logits,
     calibrate_gates,
     detach_mamba_sidecars,
     record_gates,
@@ -284,15 +285,11 @@ def run_ablations(
 
 def _validation_kl(model: nn.Module, protocol: Protocol, gate: Gate) -> float:
     """Mean KL(base model || hybrid) over the validation windows, nats per token."""
-
-    def teacher(input_ids, attention_mask):
-        with bypass_sidecars(model):
-            return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-
     set_gate(model, gate)
     windows = [TokenDocument(_window(index), "validation", ids, 0) for index, ids in enumerate(protocol.validation)]
     length, on_batch = protocol.validation.shape[1], attachment_of(model).on_batch
-    scores = score_documents(model, windows, length, length, protocol.stage_b.batch_size, teacher, on_batch)
+    reference = partial(base_logits, model)
+    scores = score_documents(model, windows, length, length, protocol.stage_b.batch_size, reference, on_batch)
     return scores.kl_per_token
 
 

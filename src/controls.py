@@ -26,7 +26,9 @@ from tqdm import tqdm
 from src.gates import document_key, hash_uniform, sparsity
 from src.text_data import TokenDocument, score_windows
 
-BLOCK_TOKENS = 16  # of the block-shuffled control
+# Tokens of a block of the controls that permute the gate's own decisions inside a document, all layers alike.
+SHUFFLED_BLOCKS = {"token_shuffled": 1, "block_shuffled": 16}
+BLOCK_TOKENS = SHUFFLED_BLOCKS["block_shuffled"]
 # Controls that rank a document's tokens by a score of their own, and which end goes to Mamba: True the largest scores,
 # False the smallest. The side is the one on which attention is thought to matter less.
 LARGEST_TO_MAMBA = {
@@ -40,7 +42,7 @@ LARGEST_TO_MAMBA = {
 }
 CONTROLS = (
     "random",
-    "block_shuffled",
+    *SHUFFLED_BLOCKS,
     "inverted",
     "other_document",
     "position_early",
@@ -104,9 +106,10 @@ def block_shuffled_masks(masks: Masks, seed: int, block_tokens: int = BLOCK_TOKE
     """The gate's own mask with its blocks of `block_tokens` tokens permuted inside each document.
 
     Keeps the count, and within blocks the runs that neighbouring tokens' likeness makes; all layers of a document get
-    one permutation, drawn from (seed, document), so that what layers have in common stays too. Blocks start at position
-    0; the last, short one is moved like any other, and those behind it then start early. A document of one block comes
-    out as it went in.
+    one permutation, drawn from (seed, document), so that what layers have in common stays too: blocks of 1 token keep
+    that alone (a token that several layers send to Mamba costs more than the same cells spread over tokens). Blocks
+    start at position 0; the last, short one is moved like any other, and those behind it then start early. A document
+    of one block comes out as it went in.
 
     Raises ValueError for masks that are not hard, layers fed at different positions, and a block size below 1.
     """

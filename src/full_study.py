@@ -5,6 +5,7 @@ wrote them. Order matters: the estimator of the sensitivity and the probes are c
 margin is fixed, before a gate sees the evaluation text.
 """
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from src import (
 )
 from src.gate_study import Bench, Mode, SidecarSet, attached
 from src.gates import FixedGate, Gate, LearnedGate, MaskGate, RoutingGate, matched_random_masks
-from src.mamba_sidecar import GateRecord, attachment_of, bypass_sidecars, record_gates, set_gate
+from src.mamba_sidecar import GateRecord, attachment_of, base_logits, bypass_sidecars, record_gates, set_gate
 from src.sensitivity import Cells
 from src.text_data import Document, TokenDocument
 
@@ -124,7 +125,8 @@ def cells_file(part: Study, name: str, documents: Sequence[TokenDocument], compu
 
 
 def choose_estimator(part: Study, documents: int, cells: int, samples: int) -> str:
-    """sensitivity_validation.csv: estimates against measured interventions, on calibration text; the better one's name.
+    """sensitivity_validation.csv: estimates against measured interventions, and the cost of their masks at the rule's
+    share, on calibration text; the better one's name.
 
     documents: of the calibration text; cells: how many are switched to Mamba one at a time, spread over documents and
     layers; samples: label sequences behind an estimate, over all its shares. The main set of sidecars is used.
@@ -144,9 +146,38 @@ def choose_estimator(part: Study, documents: int, cells: int, samples: int) -> s
             for document in tqdm(chosen, desc="interventions"):
                 kl = sensitivity.intervention_kl(bench.model, document, drawn[document.id], *part.windows)
                 interventions[document.id] = dict(zip(drawn[document.id], kl.tolist(), strict=True))
-        rows = sensitivity_tables.validation_table(estimates, interventions, seed=part.rule.seed)
+            counts = _equal_counts(chosen, part.layers, part.rule.share)
+            mask_kl = {
+                estimator: _mask_kl(
+                    part, chosen, controls.scored_masks(counts, cells, largest=False, seed=part.rule.seed)
+                )
+                for estimator, cells in estimates.items()
+            }
+            random_kl = _mask_kl(part, chosen, matched_random_masks(counts, part.rule.seed))
+        rows = sensitivity_tables.validation_table(estimates, interventions, mask_kl, random_kl, seed=part.rule.seed)
         part.write_csv(VALIDATION, rows)
     return chosen_estimator(part)
+
+
+def _equal_counts(documents: Sequence[TokenDocument], layers: Sequence[int], share: float) -> controls.Masks:
+    """Masks with `share` of every document's tokens in every layer (the first ones: they stand for the count)."""
+    masks = {}
+    for document in documents:
+        mask = np.zeros(len(document.ids) - 1, dtype=np.float32)
+        mask[: round(share * len(mask))] = 1.0
+        masks[document.id] = dict.fromkeys(layers, mask)
+    return masks
+
+
+def _mask_kl(part: Study, documents: Sequence[TokenDocument], masks: controls.Masks) -> float:
+    """KL(base model || hybrid) under masks, nats per token; the set must be attached."""
+    model = part.bench.model
+    set_gate(model, MaskGate(masks))
+    scores = eval_utils.score_documents(
+        model, documents, reference=functools.partial(base_logits, model),
+        on_batch=attachment_of(model).on_batch, **part.bench.score,
+    )  # fmt: skip
+    return scores.kl_per_token
 
 
 def _per_share(samples: int, shares: Sequence[float]) -> int:

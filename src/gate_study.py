@@ -42,7 +42,7 @@ from src.model_loading import has_router
 from src.text_data import TokenDocument
 
 # Controls that are drawn at random: one run for each mask seed. The others have one run.
-DRAWN = ("random", "block_shuffled")
+DRAWN = ("random", *controls.SHUFFLED_BLOCKS)
 # What the gate that leads a share goes by: BlockFFN's router, or the activations of a dense model's FFN.
 LEADERS = ("routing", "ffn_sparsity")
 LEARNED_GATES = "learned_gate.safetensors"
@@ -51,6 +51,7 @@ RESULT_COLUMNS = (
     "delta_nll", "ci_low", "ci_high", "control", "vs_random", "vs_random_ci_low", "vs_random_ci_high", "p_value",
     "p_holm", "sidecar_seeds", "flops_ideal", "flops_executed", "tokens_per_second", "memory_gb",
 )  # fmt: skip
+PAIR_COLUMNS = ("mode", "control", "share", "difference", "ci_low", "ci_high", "p_value", "p_holm", "sidecar_seeds")
 DOMAIN_COLUMNS = (
     "mode", "domain", "documents", "tokens", "share_realised", "delta_nll", "ci_low", "ci_high", "vs_random",
     "vs_random_ci_low", "vs_random_ci_high",
@@ -355,8 +356,8 @@ def control_masks(
     match name:
         case "random":
             return matched_random_masks(shares, seed)
-        case "block_shuffled":
-            return controls.block_shuffled_masks(shares, seed)
+        case "token_shuffled" | "block_shuffled":
+            return controls.block_shuffled_masks(shares, seed, controls.SHUFFLED_BLOCKS[name])
         case "inverted":
             return controls.scored_masks(shares, record.scores, largest=False, seed=seed)
         case "other_document":
@@ -467,6 +468,36 @@ def result_table(store: study.ResultStore, layers: str, sums: pd.DataFrame, rule
             }
         rows.append(row)
     frame = pd.DataFrame(rows).reindex(columns=list(RESULT_COLUMNS))
+    tested = frame["p_value"].notna().to_numpy()
+    if tested.any():
+        frame.loc[tested, "p_holm"] = stats.holm_correction(frame.loc[tested, "p_value"].astype(float))
+    return frame
+
+
+def pair_table(sums: pd.DataFrame, results: pd.DataFrame, rule: verdict.Rule) -> pd.DataFrame:
+    """gated_hybrid_pairs.csv: the leader of every share minus each of its controls, nats per token.
+
+    p_holm is Holm's correction over the table's rows; sidecar_seeds: sets of sidecars that both were measured with.
+    """
+    rows = []
+    for row in results.to_dict("records"):
+        mode, share = row["mode"], row["share_target"]
+        if mode not in {f"{leader}_hard_{share:g}" for leader in LEADERS}:
+            continue
+        random = random_control(mode)
+        for control in results["mode"]:
+            own = control == random or not control.startswith("control_random")  # others match other gates
+            if control.startswith("control_") and control.endswith(f"_{share:g}") and own:
+                difference = verdict.compare(sums, mode, control, rule)
+                both = set(verdict.seeds_of(sums, mode)) & set(verdict.seeds_of(sums, control))
+                rows.append(
+                    {
+                        "mode": mode, "control": control, "share": share, "difference": difference.estimate,
+                        "ci_low": difference.low, "ci_high": difference.high,
+                        "p_value": verdict.p_value(sums, mode, control, rule), "sidecar_seeds": len(both),
+                    }
+                )  # fmt: skip
+    frame = pd.DataFrame(rows).reindex(columns=list(PAIR_COLUMNS))
     tested = frame["p_value"].notna().to_numpy()
     if tested.any():
         frame.loc[tested, "p_holm"] = stats.holm_correction(frame.loc[tested, "p_value"].astype(float))

@@ -770,6 +770,14 @@ def bypass_sidecars(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
+def base_logits(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Logits [B, T, V] of the base model while sidecars are attached: `partial(base_logits, model)` is a reference of
+    `eval_utils.score_documents`. input_ids, attention_mask [B, T]."""
+    with bypass_sidecars(model):
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+@torch.no_grad()
 def calibrate_gates(
     model: nn.Module,
     gate: ScoredGate,

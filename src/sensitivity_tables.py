@@ -123,15 +123,18 @@ def correlation_table(
 def validation_table(
     estimates: Mapping[str, Cells],
     interventions: Mapping[str, Mapping[tuple[int, int], float]],
+    mask_kl: Mapping[str, float],
+    random_kl: float,
     resamples: int = 1_000,
     seed: int = 0,
 ) -> list[dict]:
-    """Rank correlation of every estimate with the measured KL, for all layers and for each: rows of
-    sensitivity_validation.csv.
+    """Rank correlation of every estimate with the measured KL, for all layers and for each, and what its masks cost:
+    rows of sensitivity_validation.csv.
 
     interventions: document id -> {(layer, position): KL}, from `sensitivity.draw_cells` and `intervention_kl`. Layer
-    `all` pools ranks taken within each layer: what a mask with fixed counts per layer depends on. `chosen` marks the
-    rows of `choose_estimator`.
+    `all` pools ranks taken within each layer: what a mask with fixed counts per layer depends on. mask_kl, random_kl:
+    KL(base model || hybrid), nats per token, where the cells that matter least by an estimate go to Mamba, and where as
+    many random ones do; they stand in the rows of layer `all`. `chosen` marks the rows of `choose_estimator`.
 
     Raises ValueError for no cells, a cell without an estimate, and as `sensitivity.agreement` does.
     """
@@ -159,6 +162,8 @@ def validation_table(
                     "rho": interval.estimate,
                     "ci_low": interval.low,
                     "ci_high": interval.high,
+                    "mask_kl": mask_kl[name] if layer == "all" else float("nan"),
+                    "random_kl": random_kl if layer == "all" else float("nan"),
                 }
             )
     chosen = choose_estimator(rows)
@@ -166,14 +171,16 @@ def validation_table(
 
 
 def choose_estimator(rows: Sequence[Mapping]) -> str:
-    """The estimator with the highest rho of layer `all` (ranks within layers, pooled); the first of equals.
+    """The estimator whose masks cost least (mask_kl of layer `all`); the first of equals.
 
+    Not the one with the highest rho: that is about cells switched one at a time, and a mask switches many, which
+    cost more together where they stand in for each other (a token's cells in several layers, say).
     rows: of `validation_table`, from calibration text. Raises ValueError where none is of layer `all`.
     """
     pooled = [row for row in rows if row["layer"] == "all"]
     if not pooled:
         raise ValueError("no row of layer 'all' to choose an estimator by")
-    return max(pooled, key=lambda row: row["rho"])["estimator"]
+    return min(pooled, key=lambda row: row["mask_kl"])["estimator"]
 
 
 def _values(cells: Cells, token_documents: Sequence[TokenDocument], layers: Sequence[int], name: str) -> np.ndarray:

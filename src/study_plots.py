@@ -49,6 +49,7 @@ GROUP_COLOURS = {
 # kind of a mode -> (label, group), from those who know nothing to those who know everything
 LADDER = {
     "control_random": ("random", CHANCE),
+    "control_token_shuffled": ("routing, tokens shuffled", REARRANGED),
     "control_block_shuffled": ("routing, blocks shuffled", REARRANGED),
     "control_inverted": ("routing, inverted", REARRANGED),
     "control_other_document": ("routing of another document", REARRANGED),
@@ -389,7 +390,8 @@ def plot_validation(validation):
         axes.errorbar(
             places, part["rho"], yerr=_reach(part, "rho", "ci_low", "ci_high"), fmt=MARKERS[number % len(MARKERS)],
             color=colour, markerfacecolor=colour if chosen else "white", ms=6, capsize=2.5,
-            label=plain(name.replace("_", " ")) + (" (chosen)" if chosen else ""),
+            label=f"{plain(name.replace('_', ' '))}, KL of its masks {part['mask_kl'].max():.3f}"
+            + (" (chosen)" if chosen else ""),
         )  # fmt: skip
     axes.axhline(GOOD_RHO, color=GREY, ls="--", lw=1.2, label=f"good enough: {GOOD_RHO:g}")
     axes.set_xticks(range(len(layers)), layers)
@@ -398,9 +400,12 @@ def plot_validation(validation):
     axes.set_xlabel("layer")
     axes.set_ylabel("rank correlation (Spearman's rho)")
     cells = int(validation.loc[validation["layer"] == "all", "cells"].max())
-    axes.set_title(f"Does the estimate rank tokens as switching them does? ({cells:,} single cells; bars: 95 %)",
-                   fontsize=10)  # fmt: skip
-    figure.legend(*axes.get_legend_handles_labels(), fontsize=8.5, ncols=3, frameon=False, loc="outside lower center")
+    axes.set_title(
+        f"Does the estimate rank tokens as switching them does? ({cells:,} single cells; bars: 95 %)\n"
+        f"KL from the base model, nats per token, share 0.5; random masks: {validation['random_kl'].max():.3f}",
+        fontsize=10,
+    )
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8.5, ncols=2, frameon=False, loc="outside lower center")
     return figure
 
 

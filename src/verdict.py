@@ -15,6 +15,7 @@ from src import stats
 OUTCOMES = ("supported", "refuted", "inconclusive")
 # Modes whose intervals decide, at the rule's share.
 ROUTING, RANDOM, SHUFFLED = "routing_hard", "control_random", "control_block_shuffled"
+TOKENS = "control_token_shuffled"  # no part of the rule: it says how much of a difference is which tokens
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,8 @@ def _answer(documents: pd.DataFrame, rule: Rule, margin: float) -> dict:
     routing, random, shuffled = rule.modes
     against = compare(documents, routing, random, rule)
     blocks = compare(documents, routing, shuffled, rule) if seeds_of(documents, shuffled) else None
+    tokens_mode = f"{TOKENS}_{rule.share:g}"
+    moved = compare(documents, routing, tokens_mode, rule) if seeds_of(documents, tokens_mode) else None
     own, penalty = (compare(documents, mode, "baseline", rule) for mode in (routing, random))
     outcome = decide(against, blocks, margin)
     numbers = {
@@ -217,6 +220,8 @@ def _answer(documents: pd.DataFrame, rule: Rule, margin: float) -> dict:
         "p_value": p_value(documents, routing, random, rule),
         "vs_block_shuffled": blocks and blocks.estimate,
         "vs_block_shuffled_ci_low": blocks and blocks.low, "vs_block_shuffled_ci_high": blocks and blocks.high,
+        "vs_token_shuffled": moved and moved.estimate,
+        "vs_token_shuffled_ci_low": moved and moved.low, "vs_token_shuffled_ci_high": moved and moved.high,
         "delta_nll_routing": own.estimate, "delta_nll_control": penalty.estimate,
         "minimum_detectable_effect": None, "largest_effect_allowed": rule.detectable_fraction * penalty.estimate,
         "equivalence_p": None, "equivalent_within_margin": None,
@@ -242,6 +247,11 @@ def _answer(documents: pd.DataFrame, rule: Rule, margin: float) -> dict:
     words = f"Routing minus random is {_words(against)}: {meaning}. "
     if blocks is not None:
         words += f"Against its own decisions, shuffled in blocks: {_words(blocks)}. "
+    if moved is not None:
+        words += (
+            "Against them with single tokens shuffled, all layers alike, so that as many tokens go to Mamba in several "
+            f"layers at once (no part of the rule): {_words(moved)}. "
+        )
     words += (
         f"For scale, the random control costs {penalty.estimate:+.5f} nats per token against the baseline, the routing "
         f"gate {own.estimate:+.5f}; the margin of no interest is {margin:.5f}."

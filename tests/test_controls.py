@@ -37,6 +37,7 @@ def hard_masks(lengths=(70, 45, 100, 16, 100), layers=LAYERS, seed=0):
 def every_control(masks, scores, seed=0):
     return {
         "random": gates.matched_random_masks(masks, seed),
+        "token_shuffled": controls.block_shuffled_masks(masks, seed, 1),
         "block_shuffled": controls.block_shuffled_masks(masks, seed),
         "inverted": controls.scored_masks(masks, scores, largest=False, seed=seed),
         "other_document": controls.other_document_masks(masks, scores, seed),
@@ -69,7 +70,7 @@ def vanilla():
 def test_names_follow_the_rule_on_mode_names():
     modes = [controls.control_mode(name, 0.5) for name in controls.CONTROLS]
     assert {"control_random_0.5", "control_block_shuffled_0.5", "control_inverted_0.5"} <= set(modes)
-    assert len(set(modes)) == len(modes) == 13
+    assert len(set(modes)) == len(modes) == 14
     assert not any("routing" in mode or "fixed" in mode for mode in modes)
     assert controls.control_mode("random", 0.25) == "control_random_0.25"
     assert set(every_control(*hard_masks())) == set(controls.CONTROLS)
@@ -153,6 +154,17 @@ def test_blocks_are_permuted_whole_and_alike_in_all_layers():
     assert len({order.index(6) for order in orders}) > 3  # the short block moves too
     one_block = {"short": {1: np.array([1.0, 0.0, 1.0])}}
     assert controls.block_shuffled_masks(one_block, seed=0)["short"][1].tolist() == [1.0, 0.0, 1.0]
+
+
+def test_shuffled_tokens_keep_what_layers_have_in_common_and_nothing_else():
+    rng = np.random.default_rng(6)
+    runs = (np.arange(640) // 8 % 2).astype(np.float32)
+    masks = {f"d{i}": {1: runs, 2: runs * (rng.random(640) < 0.7), 3: 1 - runs} for i in range(10)}
+    got = controls.block_shuffled_masks(masks, 0, controls.SHUFFLED_BLOCKS["token_shuffled"])
+    for document in masks:
+        before, after = (np.stack(list(one[document].values()), axis=1) for one in (masks, got))
+        assert sorted(before.tolist()) == sorted(after.tolist()) and before.tolist() != after.tolist()
+        assert np.abs(np.diff(got[document][1])).mean() > 0.4  # the runs are gone
 
 
 def test_block_shuffling_keeps_runs_that_random_masks_break():

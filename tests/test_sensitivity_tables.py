@@ -250,7 +250,8 @@ def interventions_and_estimates(seed=0):
 
 def test_validation_ranks_within_layers():
     measured, estimates = interventions_and_estimates()
-    rows = tables.validation_table(estimates, measured, resamples=100)
+    costs = {"levels": 0.2, "cells": 0.1}
+    rows = tables.validation_table(estimates, measured, costs, 0.3, resamples=100)
     assert [(row["estimator"], row["layer"]) for row in rows] == [
         (name, layer) for name in estimates for layer in ("all", *LAYERS)
     ]
@@ -271,16 +272,21 @@ def test_validation_ranks_within_layers():
             assert row["cells"] == 150 and found == raw.per_layer[layer]
         if name == "levels":
             assert raw.pooled.estimate > 0.5 > abs(by_layer["all"]["rho"]) + 0.3
+        assert by_layer["all"]["mask_kl"] == costs[name] and by_layer["all"]["random_kl"] == 0.3
+        assert np.isnan([by_layer[layer][column] for layer in LAYERS for column in ("mask_kl", "random_kl")]).all()
     assert tables.choose_estimator(rows) == "cells"
     assert [row["estimator"] for row in rows if row["chosen"]] == ["cells"] * 3
+    # by what its masks cost, not by how it ranks cells one at a time
+    rows = tables.validation_table(estimates, measured, {"levels": 0.1, "cells": 0.2}, 0.3, resamples=10)
+    assert tables.choose_estimator(rows) == "levels"
 
 
 def test_validation_refuses_what_it_cannot_compare():
     measured, estimates = interventions_and_estimates()
     estimates["cells"]["d1"].pop(3)
     with pytest.raises(ValueError, match="cells has no estimate for a cell"):
-        tables.validation_table(estimates, measured, resamples=5)
+        tables.validation_table(estimates, measured, {"levels": 0.2, "cells": 0.1}, 0.3, resamples=5)
     with pytest.raises(ValueError, match="no interventions"):
-        tables.validation_table(estimates, {"d0": {}})
+        tables.validation_table(estimates, {"d0": {}}, {}, 0.3)
     with pytest.raises(ValueError, match="layer 'all'"):
         tables.choose_estimator([{"layer": 1, "rho": 0.5, "estimator": "x"}])
