@@ -472,9 +472,10 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
     margin = full_study.frozen_margin(part, first, arguments.random_seeds)
     print(f"margin of no interest: {margin:.5f} nats per token", flush=True)
     missing = missing_runs(part, arguments, leader)
-    if missing:
+    if missing or arguments.full:  # a full study's other layers may be missing still
         sample = study.speed_sample(tokens)
         bench.active = study.active_experts(model, sample, max_seq_len, arguments.batch_size)  # also the warm-up
+    if missing:
         speed = study.measure(model, sample, **score)["tokens_per_second"]
         study.print_plan(model, total, missing, 0.5 * speed, arguments.batch_size * max_seq_len)
     settings = {name: getattr(config, name) for name in FULL_SETTINGS}

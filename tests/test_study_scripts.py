@@ -1,5 +1,6 @@
 """Scripts 05 to 07 end to end on a tiny random BlockFFN with untrained sidecars saved as if they were distilled."""
 
+import hashlib
 import importlib.util
 import json
 import shutil
@@ -460,22 +461,57 @@ def test_help_names_the_common_flags(name, capsys):
         assert flag in shown
 
 
+FULL_BUDGETS = {
+    "SENSITIVITY_SAMPLES": 4, "SENSITIVITY_VALIDATION_DOCUMENTS": 4, "SENSITIVITY_INTERVENTIONS": 48,
+    "SENSITIVITY_RESAMPLES": 40, "SENSITIVITY_PERMUTATIONS": 40, "SENSITIVITY_MAP_TOKENS": 20,
+    "PROBE_DOCUMENTS": 8, "ABLATION_STEPS_A": 2, "ABLATION_STEPS_B": 2, "DISTILL_SEQ_LEN": 32,
+    "DISTILL_BATCH_SIZE": 2, "DISTILL_TRAIN_WINDOWS": 8, "DISTILL_VALIDATION_WINDOWS": 2,
+    "MAMBA_D_STATE": 8, "MAMBA_HEADDIM": 16,
+}  # fmt: skip
+
+
+def run_full(gated, folder, output, *parts):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in FULL_BUDGETS.items():
+            patch.setattr(gated.config, name, value)
+        gated.main(arguments(folder, output, *GATED, "--full", "--parts", *parts))
+    return result_folder(output)
+
+
 @pytest.fixture(scope="module")
 def full_run(folder, gated, tmp_path_factory):
     """--full without recall (the word tokenizer has none of its words), with budgets of a test."""
     output = tmp_path_factory.mktemp("full")
+    return run_full(gated, folder, output, "sensitivity", "probes", "layers", "ablations")
+
+
+def test_full_study_goes_on_where_it_was_cut_off_and_then_computes_nothing(full_run, folder, gated, tmp_path):
+    shutil.copytree(full_run.parents[0], tmp_path / "out")
+    again = result_folder(tmp_path / "out")
+    before = pd.read_csv(again / "layer_set_results.csv")
+    (again / "layer_set_results.csv").unlink()
+    for name in ("gated_hybrid_seeds.csv", "gated_hybrid_seeds_documents.csv"):  # cut off before the other layers
+        table = pd.read_csv(again / name, dtype=str, keep_default_na=False)
+        table[table["run"].str.startswith("target/")].to_csv(again / name, index=False)
+        meta = json.loads((again / f"{name}.meta.json").read_text())
+        meta["file_sha256"] = hashlib.sha256((again / name).read_bytes()).hexdigest()
+        (again / f"{name}.meta.json").write_text(json.dumps(meta))
+    parts = ("sensitivity", "probes", "layers", "ablations")
+    run_full(gated, folder, tmp_path / "out", *parts)
+    timed = ["tokens_per_second", "memory_gb"]
+    pd.testing.assert_frame_equal(
+        pd.read_csv(again / "layer_set_results.csv").drop(columns=timed), before.drop(columns=timed)
+    )
+
+    def refuse(*_arguments, **_settings):
+        raise AssertionError("computed although it was there")
+
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "SENSITIVITY_SAMPLES": 4, "SENSITIVITY_VALIDATION_DOCUMENTS": 4, "SENSITIVITY_INTERVENTIONS": 48,
-            "SENSITIVITY_RESAMPLES": 40, "SENSITIVITY_PERMUTATIONS": 40, "SENSITIVITY_MAP_TOKENS": 20,
-            "PROBE_DOCUMENTS": 8, "ABLATION_STEPS_A": 2, "ABLATION_STEPS_B": 2, "DISTILL_SEQ_LEN": 32,
-            "DISTILL_BATCH_SIZE": 2, "DISTILL_TRAIN_WINDOWS": 8, "DISTILL_VALIDATION_WINDOWS": 2,
-            "MAMBA_D_STATE": 8, "MAMBA_HEADDIM": 16,
-        }.items():  # fmt: skip
-            patch.setattr(gated.config, name, value)
-        parts = ["--full", "--parts", "sensitivity", "probes", "layers", "ablations"]
-        gated.main(arguments(folder, output, *GATED, *parts))
-    return result_folder(output)
+        patch.setattr(gated.gate_study.Bench, "add", refuse)
+        patch.setattr(gated.full_study.sensitivity, "fisher_sensitivity", refuse)
+        patch.setattr(gated.full_study.probes, "fit_probe", refuse)
+        patch.setattr(gated.ablations, "evaluate_variant", refuse)
+        run_full(gated, folder, tmp_path / "out", *parts)
 
 
 def test_full_study_measures_every_control_at_equal_counts(full_run, gated):
