@@ -150,7 +150,8 @@ def judge(documents: pd.DataFrame, results: pd.DataFrame, rule: Rule, margin: fl
         )
     else:
         verdict |= _answer(documents, rule, margin)
-    verdict["label"] = "; ".join(_reservations(documents, rule, inputs, verdict["numbers"], quick)) or "as pre-stated"
+    stated = "as pre-stated" if verdict["numbers"] else "not applicable"
+    verdict["label"] = "; ".join(_reservations(documents, rule, inputs, verdict["numbers"], quick)) or stated
     differs = _criterion_differs(verdict["outcome"], verdict["user_criterion"]["met"])
     verdict["user_criterion"]["against_the_rule"] = differs
     return verdict
