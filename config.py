@@ -56,7 +56,7 @@ GATE_SHARES = [0.25, 0.5, 0.75]
 
 # Controls that 07 matches to hard routing at VERDICT_SHARE; at the other shares it is the random one alone. `--full`
 # takes all there are (src/controls.py), the oracle and the probes, at every share.
-GATE_CONTROLS = ["random", "token_shuffled", "block_shuffled", "inverted", "self_sparsity"]
+GATE_CONTROLS = ["random", "token_shuffled", "block_shuffled"]
 
 # --- The rule: by what 07 answers, stated before the numbers (src/verdict.py has it in words) -------------------------
 VERDICT_SHARE = 0.5  # of tokens on Mamba

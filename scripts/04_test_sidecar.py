@@ -1,7 +1,7 @@
 """04: check the hybrid layer on the model at hand, then distil its Mamba-2 sidecars, or load those that are there.
 
 Writes sidecar_checks.json (every promise of the hybrid layer with its measured value, and what the sidecars recover of
-the middle third's attention) and, after training, distillation.csv and the folder sidecars/.
+the target layers' attention) and, after training, distillation.csv and the folder sidecars/.
 """
 
 import shutil
@@ -172,9 +172,8 @@ def train(model, tokenizer, arguments, sidecars, layers, stage_a_layers, folder,
     return rows, data
 
 
-def recovery(model, documents, arguments, folder) -> list[dict]:
-    """What the sidecars win back of the middle third's attention, for each stage that has these layers."""
-    layers = resolve_layers("middle", len(decoder_layers(model)))
+def recovery(model, layers, documents, arguments, folder) -> list[dict]:
+    """What the sidecars win back of these layers' attention, for each stage that has them all."""
     length = min(arguments.max_seq_len, context_length(model))
     rows = []
     for stage in ("a", "b"):
@@ -241,7 +240,7 @@ def main() -> None:
     if distilling and not arguments.checks_only:
         rows, trained_on = train(model, tokenizer, arguments, sidecars, layers, stage_a_layers, folder, run_folder)
         data |= trained_on
-    recovered = [] if arguments.checks_only else recovery(model, documents, arguments, folder)
+    recovered = [] if arguments.checks_only else recovery(model, layers, documents, arguments, folder)
 
     meta = results.run_meta(
         vars(arguments),

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import runpy
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +172,21 @@ def test_script_distils_and_writes(place):
     assert ms.available_layers(output / "sidecars", "b") == [1]
     assert (output / "sidecars" / "learned_gate.safetensors").is_file()
     assert not (output / "distillation-checkpoints").exists()
+
+
+def test_recovery_is_of_the_layers_asked_for(place, tmp_path):
+    folder, common, _ = place
+    found, sidecars = {}, shutil.copytree(output_of(folder) / "sidecars", tmp_path / "sidecars")
+    (sidecars / "learned_gate.safetensors").unlink()  # of layer 1
+    for layer in (1, 2):  # stage B has layer 1 alone
+        output = tmp_path / str(layer)
+        extra = ["--layers", layer, "--sidecar-dir", sidecars, "--output-dir", output]
+        assert script(*common, *extra).returncode == 0
+        rows = json.loads((next(output.iterdir()) / "sidecar_checks.json").read_text())["recovery"]
+        assert all(row["layers"] == [layer] for row in rows)
+        found[layer] = {row["stage"]: row for row in rows}
+    assert set(found[1]) == {"a", "b"} and set(found[2]) == {"a"}
+    assert found[1]["a"]["nll_zeroed"] != found[2]["a"]["nll_zeroed"]
 
 
 def test_script_loads_what_is_there_and_the_same_seed_gives_the_same_files(place):

@@ -247,7 +247,7 @@ def test_gated_columns_modes_and_shares(gated_run, gated):
     assert set(rows.index) == {
         "baseline", "routing_hard_0.5", "fixed_0.5", "routing_soft_0.5", "learned_0.5", "routing_soft_0.5_t0.03",
         "routing_hard_0.5_lookahead", "routing_threshold", "control_random_0.5", "control_token_shuffled_0.5",
-        "control_block_shuffled_0.5", "control_inverted_0.5", "control_self_sparsity_0.5", "control_random_learned_0.5",
+        "control_block_shuffled_0.5", "control_random_learned_0.5",
         "control_random_lookahead_0.5", "control_random_threshold",
     }  # fmt: skip
     assert set(rows.index[rows["gate"] == "routing"]) == {mode for mode in rows.index if "routing" in mode}
@@ -269,9 +269,7 @@ def test_gated_columns_modes_and_shares(gated_run, gated):
 def test_pairs_follow_from_the_documents(gated_run):
     folder = result_folder(gated_run)
     pairs = pd.read_csv(folder / "gated_hybrid_pairs.csv").set_index("control")
-    assert set(pairs.index) == {
-        f"control_{name}_0.5" for name in ("random", "token_shuffled", "block_shuffled", "inverted", "self_sparsity")
-    }
+    assert set(pairs.index) == {f"control_{name}_0.5" for name in ("random", "token_shuffled", "block_shuffled")}
     assert (pairs["mode"] == "routing_hard_0.5").all() and (pairs["p_holm"] >= pairs["p_value"]).all()
     sums = pd.read_csv(folder / "gated_hybrid_documents.csv")
     for control, row in pairs.iterrows():
@@ -297,7 +295,7 @@ def test_compared_gates_have_equal_counts_in_every_document(gated_run):
         mode for mode in rows.index
         if isinstance(rows.loc[mode, "control"], str) and not mode.startswith(("fixed", "routing_soft"))
     ]  # fmt: skip
-    assert len(hard) == 8
+    assert len(hard) == 6
     for mode in hard:
         both = share[[mode, rows.loc[mode, "control"]]].dropna()
         assert len(both) in (6, 12) and (both.iloc[:, 0] == both.iloc[:, 1]).all(), mode
@@ -406,7 +404,7 @@ def test_a_model_without_router_goes_by_its_ffn_sparsity(folder, gated, tmp_path
     rows = pd.read_csv(result_folder(tmp_path / "out") / "gated_hybrid_results.csv").set_index("mode")
     assert set(rows.index) == {
         "baseline", "fixed_0.5", "ffn_sparsity_hard_0.5", "ffn_sparsity_soft_0.5", "control_random_0.5",
-        "control_token_shuffled_0.5", "control_block_shuffled_0.5", "control_inverted_0.5",
+        "control_token_shuffled_0.5", "control_block_shuffled_0.5",
     }  # fmt: skip
     assert set(rows.index[rows["signal"] == "ffn_previous"]) == {"ffn_sparsity_hard_0.5", "ffn_sparsity_soft_0.5"}
     assert rows.loc["ffn_sparsity_hard_0.5", "share_realised"] == pytest.approx(0.5, abs=0.1)
