@@ -220,11 +220,7 @@ def other_modes(modes: list[gate_study.Mode], full: bool) -> list[gate_study.Mod
     kept = ("random", *controls.SHUFFLED_BLOCKS) + ("oracle",) * full
     shares = [mode.share for mode in modes if mode.share is not None] if full else [config.VERDICT_SHARE]
     names = [f"{verdict.ROUTING}_{share:g}" for share in shares]
-    chosen = [
-        replace(mode, controls=tuple(pair for pair in mode.controls if pair[0] in kept))
-        for mode in modes
-        if mode.name in names
-    ]
+    chosen = [gate_study.with_controls(mode, kept) for mode in modes if mode.name in names]
     plain = [f"fixed_{share:g}" for share in shares] + [f"learned_{config.VERDICT_SHARE:g}"] * full
     return chosen + [mode for mode in modes if mode.name in plain]
 
@@ -356,9 +352,7 @@ def further_parts(part: full_study.Study, arguments: argparse.Namespace, train_t
             named[spec] = gate_study.checked_sets({main.seed: main.folder}, layers, arguments.stage)[0]
         share = config.VERDICT_SHARE
         modes = [
-            replace(
-                mode, controls=tuple(pair for pair in mode.controls if pair[0] in ("random", *controls.SHUFFLED_BLOCKS))
-            )
+            gate_study.with_controls(mode, ("random", *controls.SHUFFLED_BLOCKS))
             for mode in plan(arguments, "routing", False, [])
             if mode.name in (f"{verdict.ROUTING}_{share:g}", f"fixed_{share:g}", f"routing_soft_{share:g}")
         ]
@@ -472,7 +466,7 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
     margin = full_study.frozen_margin(part, first, arguments.random_seeds)
     print(f"margin of no interest: {margin:.5f} nats per token", flush=True)
     missing = missing_runs(part, arguments, leader)
-    if missing or arguments.full:  # a full study's other layers may be missing still
+    if missing or (arguments.full and "layers" in arguments.parts):  # other layers' runs may be missing still
         sample = study.speed_sample(tokens)
         bench.active = study.active_experts(model, sample, max_seq_len, arguments.batch_size)  # also the warm-up
     if missing:

@@ -107,7 +107,7 @@ def block_shuffled_masks(masks: Masks, seed: int, block_tokens: int = BLOCK_TOKE
 
     Keeps the count, and within blocks the runs that neighbouring tokens' likeness makes; all layers of a document get
     one permutation, drawn from (seed, document), so that what layers have in common stays too: blocks of 1 token keep
-    that alone (a token that several layers send to Mamba costs more than the same cells spread over tokens). Blocks
+    that alone (a token that several layers send to Mamba may cost more than the same cells spread over tokens). Blocks
     start at position 0; the last, short one is moved like any other, and those behind it then start early. A document
     of one block comes out as it went in.
 

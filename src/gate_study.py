@@ -250,6 +250,11 @@ def gate_modes(
     return modes
 
 
+def with_controls(mode: Mode, names: Sequence[str]) -> Mode:
+    """The mode with those of its controls alone that are named."""
+    return replace(mode, controls=tuple(pair for pair in mode.controls if pair[0] in names))
+
+
 def _own_random(mode: Mode) -> Mode:
     """A hard gate that leads no share, with a random control of its own counts."""
     control = random_control(mode.name)
@@ -467,11 +472,7 @@ def result_table(store: study.ResultStore, layers: str, sums: pd.DataFrame, rule
                 "p_value": verdict.p_value(sums, mode, first["control"], rule),
             }
         rows.append(row)
-    frame = pd.DataFrame(rows).reindex(columns=list(RESULT_COLUMNS))
-    tested = frame["p_value"].notna().to_numpy()
-    if tested.any():
-        frame.loc[tested, "p_holm"] = stats.holm_correction(frame.loc[tested, "p_value"].astype(float))
-    return frame
+    return _with_holm(pd.DataFrame(rows).reindex(columns=list(RESULT_COLUMNS)))
 
 
 def pair_table(sums: pd.DataFrame, results: pd.DataFrame, rule: verdict.Rule) -> pd.DataFrame:
@@ -497,11 +498,7 @@ def pair_table(sums: pd.DataFrame, results: pd.DataFrame, rule: verdict.Rule) ->
                         "p_value": verdict.p_value(sums, mode, control, rule), "sidecar_seeds": len(both),
                     }
                 )  # fmt: skip
-    frame = pd.DataFrame(rows).reindex(columns=list(PAIR_COLUMNS))
-    tested = frame["p_value"].notna().to_numpy()
-    if tested.any():
-        frame.loc[tested, "p_holm"] = stats.holm_correction(frame.loc[tested, "p_value"].astype(float))
-    return frame
+    return _with_holm(pd.DataFrame(rows).reindex(columns=list(PAIR_COLUMNS)))
 
 
 def domain_table(sums: pd.DataFrame, results: pd.DataFrame, rule: verdict.Rule) -> pd.DataFrame:
@@ -528,6 +525,14 @@ def domain_table(sums: pd.DataFrame, results: pd.DataFrame, rule: verdict.Rule) 
 
 
 _AGAINST = ("vs_random", "vs_random_ci_low", "vs_random_ci_high")
+
+
+def _with_holm(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table with its p_holm filled in, over all rows that have a p_value."""
+    tested = frame["p_value"].notna().to_numpy()
+    if tested.any():
+        frame.loc[tested, "p_holm"] = stats.holm_correction(frame.loc[tested, "p_value"].astype(float))
+    return frame
 
 
 def _mean_sums(sums: pd.DataFrame, mode: str) -> pd.DataFrame:
