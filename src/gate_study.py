@@ -1,7 +1,7 @@
 """Gates and controls at equal counts: one run is one pass of one gate over the documents, with one set of sidecars.
 
-`measure_set` makes the runs; `document_sums`, `result_table`, `pair_table` and `domain_table` derive the result files: a
-mode's row averages its runs over the seeds of random masks, then over the sets of sidecars, whose variance is in its
+`measure_set` makes the runs; `document_sums`, `result_table`, `pair_table` and `domain_table` derive the result files:
+a mode's row averages its runs over the seeds of random masks, then over the sets of sidecars, whose variance is in its
 intervals.
 Every control is compared with the gate that it was matched to; that both send equally many tokens of every document and
 layer to Mamba is checked on what was recorded while they ran.

@@ -402,7 +402,7 @@ def plot_validation(validation):
     cells = int(validation.loc[validation["layer"] == "all", "cells"].max())
     axes.set_title(
         f"Does the estimate rank tokens as switching them does? ({cells:,} single cells; bars: 95 %)\n"
-        f"KL from the base model, nats per token, at the rule's share; random masks: {validation['random_kl'].max():.3f}",
+        f"KL from the base model, nats per token, rule's share; random masks: {validation['random_kl'].max():.3f}",
         fontsize=10,
     )
     figure.legend(*axes.get_legend_handles_labels(), fontsize=8.5, ncols=2, frameon=False, loc="outside lower center")
