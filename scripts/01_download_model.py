@@ -11,22 +11,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config
-from src import results, text_data
-from src.model_loading import (
+from src.base import results, text_data
+from src.gating.routing_text import collect_routing
+from src.models.families import active_parameters, context_length, has_router, memory_estimate
+from src.models.loading import (
     SHIPPED_MODELS,
-    active_parameters,
-    context_length,
     describe_model,
-    has_router,
     hub_files,
     is_hub_id,
     load_model,
-    memory_estimate,
     merge_model_info,
     resolve_model_path,
     weight_files,
 )
-from src.routing_measures import collect_routing
 
 CONFIG_KEYS = (
     "model_type attention_type ffn_type vocab_size hidden_size num_hidden_layers num_attention_heads "

@@ -12,16 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch import nn
 
 import config
-from src import results
-from src.model_loading import (
-    decoder_layers,
-    describe_model,
-    has_router,
-    load_model,
-    merge_model_info,
-    parameter_statistics,
-    resolve_layers,
-)
+from src.base import results
+from src.models.families import decoder_layers, has_router, parameter_statistics, resolve_layers
+from src.models.loading import describe_model, load_model, merge_model_info
 
 MARKS = {
     "self_attn": "attention  <- a sidecar goes here",

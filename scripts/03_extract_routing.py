@@ -15,10 +15,8 @@ import numpy as np
 import torch
 
 import config
-from src import results, text_data
-from src.model_loading import context_length, load_model, memory_estimate, model_identity
-from src.routing_extractor import RoutingExtractor
-from src.routing_measures import (
+from src.base import results, text_data
+from src.gating.routing_text import (
     collect_routing,
     correlation_table,
     decode_pieces,
@@ -30,6 +28,9 @@ from src.routing_measures import (
     token_arrays,
     token_kinds,
 )
+from src.models.families import context_length, memory_estimate
+from src.models.loading import load_model, model_identity
+from src.routing_extractor import RoutingExtractor
 
 
 def parse_arguments():

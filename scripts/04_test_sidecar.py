@@ -13,18 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 import config
-from src import distill, results, text_data
-from src.mamba_sidecar import SidecarSettings, available_layers, base_fingerprint, check_base, mamba_kernels
-from src.model_loading import (
-    context_length,
-    decoder_layers,
-    load_model,
-    memory_estimate,
-    model_identity,
-    parameter_counts,
-    resolve_layers,
-)
-from src.sidecar_checks import format_table, run_checks
+from src.base import results, text_data
+from src.hybrid import distill
+from src.hybrid.checkpoints import available_layers, base_fingerprint, check_base
+from src.hybrid.checks import format_table, run_checks
+from src.hybrid.sidecar import SidecarSettings, mamba_kernels
+from src.models.families import context_length, decoder_layers, memory_estimate, parameter_counts, resolve_layers
+from src.models.loading import load_model, model_identity
 
 # From this many parameters on, stage A trains one layer at a time (--one-layer-at-a-time auto).
 LARGE_MODEL = 1_000_000_000

@@ -16,16 +16,15 @@ import numpy as np
 import pandas as pd
 
 import config
-from src import eval_utils, results, study, text_data
-from src.mamba_sidecar import (
-    attach_mamba_sidecar,
-    attachment_of,
-    base_logits,
-    check_base,
-    detach_mamba_sidecars,
-    set_all_alphas,
-)
-from src.model_loading import context_length, load_model, model_identity, resolve_layers
+from src import eval_utils
+from src.base import results, text_data
+from src.gating.tables import Bootstrap, document_table, quality
+from src.hybrid import ledger, session, sidecar_sets
+from src.hybrid.attach import attach_mamba_sidecar, detach_mamba_sidecars
+from src.hybrid.checkpoints import check_base
+from src.hybrid.layer import attachment_of, base_logits, set_all_alphas
+from src.models.families import context_length, resolve_layers
+from src.models.loading import load_model, model_identity
 
 # Host memory for the baseline's logits, so that the KL of every row need not compute them again.
 REFERENCE_CACHE_GB = 1.0
@@ -121,15 +120,15 @@ def cached_reference(model, limit_gb: float):
     return reference
 
 
-def row_of(table: pd.DataFrame, baseline: pd.DataFrame, bootstrap: study.Bootstrap, speed: dict, flops: dict) -> dict:
-    row = study.quality(table, baseline, bootstrap)
+def row_of(table: pd.DataFrame, baseline: pd.DataFrame, bootstrap: Bootstrap, speed: dict, flops: dict) -> dict:
+    row = quality(table, baseline, bootstrap)
     if table is baseline:
         row |= {"kl": 0.0, "top1_agreement": 1.0}  # of a model with itself
     row |= speed | flops
     return {column: row.get(column, float("nan")) for column in COLUMNS}
 
 
-def domain_rows(store: study.ResultStore, bootstrap: study.Bootstrap) -> list[dict]:
+def domain_rows(store: results.ResultStore, bootstrap: Bootstrap) -> list[dict]:
     """One row per domain and alpha; intervals over sections of one work are named as such."""
     rows = []
     baseline = store.tables["baseline"]
@@ -139,7 +138,7 @@ def domain_rows(store: study.ResultStore, bootstrap: study.Bootstrap) -> list[di
         for name in store.rows:
             table = store.tables[name]
             table = base if name == "baseline" else table[table["domain"] == domain].reset_index(drop=True)
-            values = study.quality(table, base, bootstrap)
+            values = quality(table, base, bootstrap)
             kept = ("perplexity", "delta_nll", "ci_low", "ci_high", "bits_per_byte")
             counts = {"documents": len(table), "tokens": int(table["tokens"].sum())}
             row = {"domain": domain, "alpha": name} | {key: values[key] for key in kept}
@@ -179,8 +178,8 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
     )  # fmt: skip
     max_seq_len = min(max_seq_len, context_length(model))
     layers = resolve_layers(arguments.layers, model.config.num_hidden_layers)
-    sidecars = study.sidecar_folder(arguments.sidecar_dir, folder, shipped)
-    stage = study.choose_stage(sidecars, layers, arguments.stage)
+    sidecars = sidecar_sets.sidecar_folder(arguments.sidecar_dir, folder, shipped)
+    stage = sidecar_sets.choose_stage(sidecars, layers, arguments.stage)
     check_base(model, sidecars)
     tokens = text_data.tokenize(documents, tokenizer, arguments.max_tokens)
     lengths = [len(document.ids) - 1 for document in tokens]
@@ -190,18 +189,18 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
     identity = model_identity(model, arguments.model, config.MODEL_CACHE_DIR)
     meta = results.run_meta(
         recorded | {"max_seq_len": max_seq_len, "layers": layers},
-        identity | {"sidecars": study.sidecar_identity(sidecars, stage)},
+        identity | {"sidecars": sidecar_sets.sidecar_identity(sidecars, stage)},
         text_data.identity(documents),
         {"seed": arguments.seed},
         started,
         eval_utils.model_device(model),
         model.dtype,
     )
-    bootstrap = study.Bootstrap(arguments.resamples, arguments.seed, config.CONFIDENCE_LEVEL)
-    store = study.ResultStore(
+    bootstrap = Bootstrap(arguments.resamples, arguments.seed, config.CONFIDENCE_LEVEL)
+    store = results.ResultStore(
         folder / "alpha_sweep_results.csv", folder / "alpha_sweep_documents.csv", "alpha", meta, arguments.restart
     )
-    control = study.ResultStore(
+    control = results.ResultStore(
         folder / "alpha_sweep_untrained.csv",
         folder / "alpha_sweep_untrained_documents.csv",
         "alpha",
@@ -212,27 +211,27 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
     prompts = config.TEST_PROMPTS[: config.QUICK_PROMPTS] if arguments.quick else config.TEST_PROMPTS
     generations_path = folder / "alpha_sweep_generations.json"
     complete = all(name in s.rows for s in (store, control) for name in ("baseline", *names))
-    complete = complete and study.is_finished(generations_path, meta) and not arguments.restart
+    complete = complete and results.is_finished(generations_path, meta) and not arguments.restart
     print(f"model {arguments.model}, layers {layers}, stage {stage.upper()} sidecars of {sidecars}")
     print(f"text {arguments.dataset}: {len(documents)} documents, {sum(lengths):,} scored tokens")
     if store.resumed or control.resumed:
         print(f"resumed: {len(store.resumed)} rows and {len(control.resumed)} control rows are there already")
     score = dict(max_seq_len=max_seq_len, stride=stride, batch_size=arguments.batch_size)
-    sample = study.speed_sample(tokens)
+    sample = ledger.speed_sample(tokens)
 
     generations = {}
     if not complete:
-        active = study.active_experts(model, sample, max_seq_len, arguments.batch_size)  # also the warm-up
-        speed = {"baseline": study.measure(model, sample, **score)}
+        active = ledger.active_experts(model, sample, max_seq_len, arguments.batch_size)  # also the warm-up
+        speed = {"baseline": ledger.measure(model, sample, **score)}
         passes = 2 + 2 * len(names)
-        study.print_plan(
+        session.print_plan(
             model, sum(lengths), passes, 0.7 * speed["baseline"]["tokens_per_second"],
             arguments.batch_size * max_seq_len, REFERENCE_CACHE_GB,
         )  # fmt: skip
         speed["baseline"]["decode_tokens_per_second"] = eval_utils.decode_speed(model, repeats=2)
         if "baseline" not in store.rows:
-            table = study.document_table(eval_utils.score_documents(model, tokens, progress="baseline", **score))
-            flops = study.flops_columns(model, lengths, active)
+            table = document_table(eval_utils.score_documents(model, tokens, progress="baseline", **score))
+            flops = ledger.flops_columns(model, lengths, active)
             store.add("baseline", table, row_of(table, table, bootstrap, speed["baseline"], flops))
         if "baseline" not in control.rows:
             table = store.tables["baseline"]
@@ -245,12 +244,12 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
         for alpha, name in zip(arguments.alphas, names, strict=True):
             set_all_alphas(model, alpha)
             if name not in store.rows:
-                speed[name] = study.measure(model, sample, **score)
+                speed[name] = ledger.measure(model, sample, **score)
                 speed[name]["decode_tokens_per_second"] = eval_utils.decode_speed(model, repeats=2)
             generations[name] = eval_utils.generate_texts(model, tokenizer, prompts, **generate)
         reference = cached_reference(model, REFERENCE_CACHE_GB)
 
-        def sweep(target: study.ResultStore, label: str, speeds: dict) -> None:
+        def sweep(target: results.ResultStore, label: str, speeds: dict) -> None:
             baseline = store.tables["baseline"]
             for alpha, name in zip(arguments.alphas, names, strict=True):
                 if name in target.rows:
@@ -267,8 +266,8 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
                         progress=f"{label} {name}",
                         **score,
                     )
-                    table = study.document_table(scores)
-                flops = study.flops_columns(model, lengths, active, dict.fromkeys(layers, alpha))
+                    table = document_table(scores)
+                flops = ledger.flops_columns(model, lengths, active, dict.fromkeys(layers, alpha))
                 target.add(name, table, row_of(table, baseline, bootstrap, speeds.get(name, {}), flops))
 
         sweep(store, "alpha", speed)
@@ -302,7 +301,7 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(sys.argv[1:] if argv is None else argv)
-    study.retry_shorter(lambda tokens: run(arguments, tokens), arguments.max_seq_len, config.OOM_SEQ_LEN_FALLBACK)
+    session.retry_shorter(lambda tokens: run(arguments, tokens), arguments.max_seq_len, config.OOM_SEQ_LEN_FALLBACK)
 
 
 if __name__ == "__main__":

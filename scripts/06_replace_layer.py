@@ -13,9 +13,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config
-from src import eval_utils, results, study, text_data
-from src.mamba_sidecar import attach_mamba_sidecar, attachment_of, available_layers, check_base, detach_mamba_sidecars
-from src.model_loading import context_length, decoder_layers, load_model, model_identity, resolve_layers
+from src import eval_utils
+from src.base import results, text_data
+from src.gating.tables import Bootstrap, document_table, quality
+from src.hybrid import session, sidecar_sets
+from src.hybrid.attach import attach_mamba_sidecar, detach_mamba_sidecars
+from src.hybrid.checkpoints import available_layers, check_base
+from src.hybrid.layer import attachment_of
+from src.models.families import context_length, decoder_layers, resolve_layers
+from src.models.loading import load_model, model_identity
 
 COLUMNS = ("perplexity", "delta", "pct_change", "delta_nll", "ci_low", "ci_high")
 SPLITS = ("calibration", "evaluation")
@@ -111,14 +117,14 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
         max_memory_gb=config.MAX_MEMORY_GB, use_8bit_fallback=config.USE_8BIT_FALLBACK,
     )  # fmt: skip
     max_seq_len = min(max_seq_len, context_length(model))
-    sidecars = study.sidecar_folder(arguments.sidecar_dir, folder, shipped)
+    sidecars = sidecar_sets.sidecar_folder(arguments.sidecar_dir, folder, shipped)
     num_layers = len(decoder_layers(model))
     there = available_layers(sidecars, "a")
     layers = resolve_layers(arguments.layers, num_layers)
     if arguments.layers == "all" and set(there) < set(layers):
         print(f"only layers {there} have a stage A sidecar in {sidecars}; the others are left out")
         layers = there
-    study.choose_stage(sidecars, layers, "a")
+    sidecar_sets.choose_stage(sidecars, layers, "a")
     check_base(model, sidecars)
     together = [count for count in arguments.together if count <= len(layers)]
     tokens = {split: text_data.tokenize(documents[split], tokenizer, arguments.max_tokens) for split in SPLITS}
@@ -128,17 +134,17 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
     meta = results.run_meta(
         recorded | {"max_seq_len": max_seq_len, "layers": layers},
         model_identity(model, arguments.model, config.MODEL_CACHE_DIR)
-        | {"sidecars": study.sidecar_identity(sidecars, "a")},
+        | {"sidecars": sidecar_sets.sidecar_identity(sidecars, "a")},
         {split: text_data.identity(documents[split]) for split in SPLITS},
         {"seed": arguments.seed},
         started,
         eval_utils.model_device(model),
         model.dtype,
     )
-    bootstrap = study.Bootstrap(arguments.resamples, arguments.seed, config.CONFIDENCE_LEVEL)
+    bootstrap = Bootstrap(arguments.resamples, arguments.seed, config.CONFIDENCE_LEVEL)
     files = {"calibration": "layer_replacement_calibration", "evaluation": "layer_replacement_results"}
     stores = {
-        split: study.ResultStore(
+        split: results.ResultStore(
             folder / f"{files[split]}.csv", folder / f"{files[split]}_documents.csv", "layer", meta, arguments.restart
         )
         for split in SPLITS
@@ -153,9 +159,9 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
     for split in SPLITS:
         if "baseline" not in stores[split].tables:
             scores = eval_utils.score_documents(model, tokens[split], progress=f"baseline, {split}", **score)
-            stores[split].add("baseline", study.document_table(scores))
+            stores[split].add("baseline", document_table(scores))
             if split == "calibration":
-                study.print_plan(
+                session.print_plan(
                     model, sum(totals.values()), len(layers) + len(together), scores.tokens_per_second,
                     arguments.batch_size * max_seq_len,
                 )  # fmt: skip
@@ -170,8 +176,8 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
             scores = eval_utils.score_documents(
                 model, tokens[split], on_batch=on_batch, progress=f"layer {name}, {split}", **score
             )
-            table = study.document_table(scores)
-            values = study.quality(table, stores[split].tables["baseline"], bootstrap)
+            table = document_table(scores)
+            values = quality(table, stores[split].tables["baseline"], bootstrap)
             stores[split].add(name, table, {column: values[column] for column in COLUMNS})
         detach_mamba_sidecars(model)
 
@@ -205,7 +211,7 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(sys.argv[1:] if argv is None else argv)
-    study.retry_shorter(lambda tokens: run(arguments, tokens), arguments.max_seq_len, config.OOM_SEQ_LEN_FALLBACK)
+    session.retry_shorter(lambda tokens: run(arguments, tokens), arguments.max_seq_len, config.OOM_SEQ_LEN_FALLBACK)
 
 
 if __name__ == "__main__":

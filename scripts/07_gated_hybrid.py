@@ -4,7 +4,7 @@ Routing gates (hard, soft, temperatures, look-ahead, an uncalibrated threshold),
 same mean shares, and controls with exactly as many Mamba tokens per layer and document as the gate they are matched to,
 on every set of sidecars there is. `--full` adds what explains the answer: every control, each token's sensitivity and
 the oracle it gives, probes, other layers, recall tasks, ablations (hours on a CPU). All of it goes on where it was
-interrupted. The rule behind verdict.json is in config.py.
+interrupted. The rule behind rule.json is in config.py.
 """
 
 import argparse
@@ -20,22 +20,34 @@ import numpy as np
 import pandas as pd
 
 import config
-from src import (
-    ablations,
-    controls,
-    distill,
-    eval_utils,
-    full_study,
-    gate_study,
-    probes,
-    results,
-    study,
-    text_data,
-    verdict,
+from src import eval_utils
+from src.base import results, text_data
+from src.gating import ablations, controls, explain, probes
+from src.gating.rule import ROUTING, Rule, judge
+from src.gating.runs import (
+    Bench,
+    Mode,
+    add_baseline,
+    attached,
+    base_scores,
+    checked_sets,
+    document_sums,
+    domain_table,
+    gate_modes,
+    mask_seeds_of,
+    measure_set,
+    pair_table,
+    result_table,
+    runs_of,
+    with_controls,
 )
-from src.gates import RoutingGate
-from src.mamba_sidecar import SidecarSettings, check_base
-from src.model_loading import context_length, has_gated_mlp, has_router, load_model, model_identity, resolve_layers
+from src.gating.tables import Bootstrap
+from src.hybrid import distill, ledger, session, sidecar_sets
+from src.hybrid.checkpoints import check_base
+from src.hybrid.gates import RoutingGate
+from src.hybrid.sidecar import SidecarSettings
+from src.models.families import context_length, has_gated_mlp, has_router, resolve_layers
+from src.models.loading import load_model, model_identity
 
 PARTS = ("sensitivity", "probes", "layers", "recall", "ablations")
 RUNS, RUN_DOCUMENTS = "gated_hybrid_seeds.csv", "gated_hybrid_seeds_documents.csv"
@@ -184,15 +196,15 @@ def hybrid_layers(spec: str, num_layers: int, signal: str, leader: str | None) -
 
 
 def leader_of(model) -> str | None:
-    """What a model's leading gate goes by: of gate_study.LEADERS; None for one with neither router nor gated FFN."""
+    """What a model's leading gate goes by: of LEADERS; None for one with neither router nor gated FFN."""
     if has_router(model):
         return "routing"
     return "ffn_sparsity" if has_gated_mlp(model) else None
 
 
-def rule_of(arguments: argparse.Namespace) -> verdict.Rule:
+def rule_of(arguments: argparse.Namespace) -> Rule:
     """The rule as config.py states it."""
-    return verdict.Rule(
+    return Rule(
         share=config.VERDICT_SHARE, signal=config.VERDICT_SIGNAL, layers=config.VERDICT_LAYERS,
         sidecar_seeds=config.VERDICT_SIDECAR_SETS, documents=config.VERDICT_DOCUMENTS,
         margin_fraction=config.VERDICT_MARGIN, detectable_fraction=config.VERDICT_DETECTABLE,
@@ -200,12 +212,12 @@ def rule_of(arguments: argparse.Namespace) -> verdict.Rule:
     )  # fmt: skip
 
 
-def plan(arguments: argparse.Namespace, leader: str | None, learned: bool, extra: list[str]) -> list[gate_study.Mode]:
+def plan(arguments: argparse.Namespace, leader: str | None, learned: bool, extra: list[str]) -> list[Mode]:
     """The modes of the main set. extra: controls that a full study adds, with scores of their own."""
     names = [*controls.CONTROLS, *extra] if arguments.full else config.GATE_CONTROLS
     if leader != "routing":
         names = [name for name in names if name != "self_sparsity"]  # of a router
-    return gate_study.gate_modes(
+    return gate_modes(
         arguments.shares, arguments.signal, arguments.threshold, arguments.temperature, arguments.seed, leader,
         learned, config.VERDICT_SHARE, arguments.temperatures,
         main_controls=names if leader else ("random",),
@@ -214,18 +226,18 @@ def plan(arguments: argparse.Namespace, leader: str | None, learned: bool, extra
     )  # fmt: skip
 
 
-def other_modes(modes: list[gate_study.Mode], full: bool) -> list[gate_study.Mode]:
+def other_modes(modes: list[Mode], full: bool) -> list[Mode]:
     """What the further sets of sidecars measure: at the rule's share hard routing against random and its own shuffled
     decisions, and fixed alpha; in a full study at every share, with the oracle, and the learned gate."""
     kept = ("random", *controls.SHUFFLED_BLOCKS) + ("oracle",) * full
     shares = [mode.share for mode in modes if mode.share is not None] if full else [config.VERDICT_SHARE]
-    names = [f"{verdict.ROUTING}_{share:g}" for share in shares]
-    chosen = [gate_study.with_controls(mode, kept) for mode in modes if mode.name in names]
+    names = [f"{ROUTING}_{share:g}" for share in shares]
+    chosen = [with_controls(mode, kept) for mode in modes if mode.name in names]
     plain = [f"fixed_{share:g}" for share in shares] + [f"learned_{config.VERDICT_SHARE:g}"] * full
     return chosen + [mode for mode in modes if mode.name in plain]
 
 
-def generate(part: full_study.Study, arguments: argparse.Namespace, modes: list[gate_study.Mode]):
+def generate(part: explain.Study, arguments: argparse.Namespace, modes: list[Mode]):
     """(texts by mode, what to call while a mode's gate is set): generations that are still to be made, none if done."""
     path = part.folder / GENERATIONS
     if part.is_finished(GENERATIONS):
@@ -266,28 +278,28 @@ def print_summary(frame: pd.DataFrame, answer: dict, layers: list[int]) -> None:
     )
 
 
-def explain(part: full_study.Study, arguments: argparse.Namespace, modes: list[gate_study.Mode], pool: list):
+def explain(part: explain.Study, arguments: argparse.Namespace, modes: list[Mode], pool: list):
     """The sensitivity of the evaluation text and what follows from it: (scores by control, cells, scores by gate).
 
     The last are those whose part of the oracle's gap is reported. None of it where --parts leaves it out; pool: the
     documents that probes are trained on. The main set must be attached.
     """
     main = part.sets[0]
-    scores_of = gate_study.base_scores(part.bench, part.layers, part.bench.model.config.vocab_size)
+    scores_of = base_scores(part.bench, part.layers, part.bench.model.config.vocab_size)
     if "sensitivity" not in arguments.parts:
         return scores_of, None, {}
     samples = config.SENSITIVITY_SAMPLES
-    estimator = full_study.chosen_estimator(part)
-    cells = full_study.estimated(part, main, estimator, samples)
-    seen = full_study.hindsight(part, main)
-    full_study.correlate(part, cells, scores_of, config.SENSITIVITY_RESAMPLES, config.SENSITIVITY_PERMUTATIONS)
-    full_study.write_maps(part, cells, config.SENSITIVITY_MAP_TOKENS)
-    predicted = full_study.probe_scores(part, pool, estimator, samples) if "probes" in arguments.parts else {}
+    estimator = explain.chosen_estimator(part)
+    cells = explain.estimated(part, main, estimator, samples)
+    seen = explain.hindsight(part, main)
+    explain.correlate(part, cells, scores_of, config.SENSITIVITY_RESAMPLES, config.SENSITIVITY_PERMUTATIONS)
+    explain.write_maps(part, cells, config.SENSITIVITY_MAP_TOKENS)
+    predicted = explain.probe_scores(part, pool, estimator, samples) if "probes" in arguments.parts else {}
     own = {"oracle": cells, "hindsight": seen} | {f"probe_{probe}": found for probe, found in predicted.items()}
     gates = {
-        kind: full_study.gate_scores(part, mode)
+        kind: explain.gate_scores(part, mode)
         for mode in modes
-        for kind in (verdict.ROUTING, "learned")
+        for kind in (ROUTING, "learned")
         if predicted and mode.name == f"{kind}_{config.VERDICT_SHARE:g}"
     }
     # the cells that matter least go to Mamba
@@ -295,14 +307,14 @@ def explain(part: full_study.Study, arguments: argparse.Namespace, modes: list[g
 
 
 def measure(
-    part: full_study.Study, deep: full_study.Study, arguments: argparse.Namespace, leader: str | None, pool: list
+    part: explain.Study, deep: explain.Study, arguments: argparse.Namespace, leader: str | None, pool: list
 ) -> pd.DataFrame:
     """Every run of the gates, set by set; then gated_hybrid_*.csv. Returns the results.
 
     deep: the same study with the settings of a full one in its meta, for the files that depend on them.
     """
     bench, name = part.bench, TARGET
-    gate_study.add_baseline(bench, name)
+    add_baseline(bench, name)
     texts, visit, predicted, cells = {}, {}, {}, None
     for sidecars in part.sets:
         is_main = sidecars is part.sets[0]
@@ -312,63 +324,59 @@ def measure(
             texts, visit = generate(part, arguments, modes)
         else:
             modes = other_modes(modes, arguments.full)
-        with gate_study.attached(bench.model, sidecars):
+        with attached(bench.model, sidecars):
             scores_of = None
             if is_main and arguments.full:
                 scores_of, cells, predicted = explain(deep, arguments, modes, pool)
             elif is_main:
-                scores_of = gate_study.base_scores(bench, part.layers, bench.model.config.vocab_size)
+                scores_of = base_scores(bench, part.layers, bench.model.config.vocab_size)
             elif extra:
-                estimator = full_study.chosen_estimator(deep)
-                own = full_study.estimated(deep, sidecars, estimator, config.SENSITIVITY_SAMPLES)
+                estimator = explain.chosen_estimator(deep)
+                own = explain.estimated(deep, sidecars, estimator, config.SENSITIVITY_SAMPLES)
                 scores_of = lambda _name, own=own: (own, False)  # noqa: E731 (only the oracle is asked for)
-            gate_study.measure_set(
-                bench, name, sidecars, modes, arguments.random_seeds, scores_of, visit if is_main else None
-            )
+            measure_set(bench, name, sidecars, modes, arguments.random_seeds, scores_of, visit if is_main else None)
     if visit:
         results.write_json(
             part.folder / GENERATIONS, {"max_new_tokens": arguments.max_new_tokens, "texts": texts}, part.meta
         )
-    sums = gate_study.document_sums(bench.store, name)
+    sums = document_sums(bench.store, name)
     part.write_csv(DOCUMENTS, sums)
     # read back: what follows must follow from the files
     sums = part.read_csv(DOCUMENTS)
-    frame = gate_study.result_table(bench.store, name, sums, part.rule)
+    frame = result_table(bench.store, name, sums, part.rule)
     part.write_csv(RESULTS, frame)
-    part.write_csv(PAIRS, gate_study.pair_table(sums, frame, part.rule))
-    part.write_csv(DOMAINS, gate_study.domain_table(sums, frame, part.rule))
+    part.write_csv(PAIRS, pair_table(sums, frame, part.rule))
+    part.write_csv(DOMAINS, domain_table(sums, frame, part.rule))
     if predicted:
-        full_study.write_gaps(deep, sums, cells, predicted, arguments.shares)
+        explain.write_gaps(deep, sums, cells, predicted, arguments.shares)
     return frame
 
 
-def further_parts(part: full_study.Study, arguments: argparse.Namespace, train_texts, extra_folder: Path) -> None:
+def further_parts(part: explain.Study, arguments: argparse.Namespace, train_texts, extra_folder: Path) -> None:
     """Other layers, recall and ablations of a full study, as --parts asks."""
     main, model = part.sets[0], part.bench.model
     if "layers" in arguments.parts:
         named = {}
         for spec in NAMED_LAYERS:
             layers = hybrid_layers(spec, model.config.num_hidden_layers, part.rule.signal, "routing")
-            named[spec] = gate_study.checked_sets({main.seed: main.folder}, layers, arguments.stage)[0]
+            named[spec] = checked_sets({main.seed: main.folder}, layers, arguments.stage)[0]
         share = config.VERDICT_SHARE
         modes = [
-            gate_study.with_controls(mode, ("random", *controls.SHUFFLED_BLOCKS))
+            with_controls(mode, ("random", *controls.SHUFFLED_BLOCKS))
             for mode in plan(arguments, "routing", False, [])
-            if mode.name in (f"{verdict.ROUTING}_{share:g}", f"fixed_{share:g}", f"routing_soft_{share:g}")
+            if mode.name in (f"{ROUTING}_{share:g}", f"fixed_{share:g}", f"routing_soft_{share:g}")
         ]
-        full_study.layer_sets(part, named, modes, arguments.random_seeds)
+        explain.layer_sets(part, named, modes, arguments.random_seeds)
     if "recall" in arguments.parts:
         lengths = [length for length in config.RECALL_LENGTHS if length <= context_length(model)]
-        full_study.recall_study(
-            part, train_texts["evaluation"], lengths, config.RECALL_EXAMPLES, arguments.random_seeds
-        )
+        explain.recall_study(part, train_texts["evaluation"], lengths, config.RECALL_EXAMPLES, arguments.random_seeds)
     if "ablations" in arguments.parts:
         ablate(part, arguments, train_texts, extra_folder)
     for name, frame in ablations.gate_ablation_rows(part.read_csv(RESULTS), arguments.temperature).items():
         part.write_csv(f"ablation_{name}.csv", frame)
 
 
-def ablate(part: full_study.Study, arguments: argparse.Namespace, texts: dict, folder: Path) -> None:
+def ablate(part: explain.Study, arguments: argparse.Namespace, texts: dict, folder: Path) -> None:
     """ablation_init.csv ... and distillation_curves.csv: sidecars trained anew with a smaller, equal budget."""
     model = part.bench.model
     train = text_data.tokenize(texts["train"], part.tokenizer)
@@ -389,7 +397,7 @@ def ablate(part: full_study.Study, arguments: argparse.Namespace, texts: dict, f
         text_data.training_windows(validation, seq_len, config.DISTILL_VALIDATION_WINDOWS, arguments.seed),
         part.bench.calibration, part.bench.tokens, gate, arguments.random_seeds, *part.windows,
         part.bench.score["batch_size"],
-        study.Bootstrap(arguments.resamples, arguments.seed, config.CONFIDENCE_LEVEL),
+        Bootstrap(arguments.resamples, arguments.seed, config.CONFIDENCE_LEVEL),
     )  # fmt: skip
     sidecar = SidecarSettings(config.MAMBA_D_STATE, config.MAMBA_D_CONV, config.MAMBA_EXPAND, config.MAMBA_HEADDIM)
     names = [name for name in ablations.DISTILLATION_ABLATIONS
@@ -420,8 +428,8 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
     if arguments.full and leader != "routing":
         raise results.UserError(f"--full is about routing, and {model.config.model_type} has no router; leave it out")
     layers = hybrid_layers(arguments.layers, model.config.num_hidden_layers, arguments.signal, leader)
-    main_folder = study.sidecar_folder(arguments.sidecar_dir, folder, shipped)
-    sets = gate_study.checked_sets(study.sidecar_sets(main_folder), layers, arguments.stage)
+    main_folder = sidecar_sets.sidecar_folder(arguments.sidecar_dir, folder, shipped)
+    sets = checked_sets(sidecar_sets.sidecar_sets(main_folder), layers, arguments.stage)
     for sidecars in sets:
         check_base(model, sidecars.folder)
     tokens = text_data.tokenize(documents, tokenizer, arguments.max_tokens)
@@ -431,7 +439,7 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
     meta = results.run_meta(
         recorded | {"max_seq_len": max_seq_len, "layers": layers, "layers_asked": arguments.layers},
         model_identity(model, arguments.model, config.MODEL_CACHE_DIR)
-        | {"sidecars": [study.sidecar_identity(one.folder, one.stage) | {"seed": one.seed} for one in sets]},
+        | {"sidecars": [sidecar_sets.sidecar_identity(one.folder, one.stage) | {"seed": one.seed} for one in sets]},
         {"evaluation": text_data.identity(documents), "calibration": text_data.identity(calibration)},
         {"seed": arguments.seed, "random_gate": arguments.random_seeds},
         started,
@@ -439,7 +447,7 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
         model.dtype,
     )
     score = dict(max_seq_len=max_seq_len, stride=min(arguments.stride, max_seq_len), batch_size=arguments.batch_size)
-    store = study.ResultStore(folder / RUNS, folder / RUN_DOCUMENTS, "run", meta, arguments.restart)
+    store = results.ResultStore(folder / RUNS, folder / RUN_DOCUMENTS, "run", meta, arguments.restart)
     total = sum(len(document.ids) - 1 for document in tokens)
     print(f"model {arguments.model}, layers {layers}; sidecars of seeds {[one.seed for one in sets]} in {main_folder}")
     print(f"text {arguments.dataset}: {len(documents)} documents, {total:,} scored tokens")
@@ -458,26 +466,26 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
         instead = "FFN activation sparsity takes its place" if leader else "the routing rows are left out"
         print(f"{model.config.model_type} has no router: {instead}")
 
-    bench = gate_study.Bench(model, tokens, calibration_tokens, score, [], store)
-    part = full_study.Study(bench, sets, folder, meta, rule_of(arguments), tokenizer, arguments.restart)
+    bench = Bench(model, tokens, calibration_tokens, score, [], store)
+    part = explain.Study(bench, sets, folder, meta, rule_of(arguments), tokenizer, arguments.restart)
     # before anything is scored on the evaluation text, were it only to measure speed
     share = config.VERDICT_SHARE if config.VERDICT_SHARE in arguments.shares else arguments.shares[0]
     first = next(mode for mode in plan(arguments, leader, False, []) if mode.share == share)
-    margin = full_study.frozen_margin(part, first, arguments.random_seeds)
+    margin = explain.frozen_margin(part, first, arguments.random_seeds)
     print(f"margin of no interest: {margin:.5f} nats per token", flush=True)
     missing = missing_runs(part, arguments, leader)
     if missing or (arguments.full and "layers" in arguments.parts):  # other layers' runs may be missing still
-        sample = study.speed_sample(tokens)
-        bench.active = study.active_experts(model, sample, max_seq_len, arguments.batch_size)  # also the warm-up
+        sample = ledger.speed_sample(tokens)
+        bench.active = ledger.active_experts(model, sample, max_seq_len, arguments.batch_size)  # also the warm-up
     if missing:
-        speed = study.measure(model, sample, **score)["tokens_per_second"]
-        study.print_plan(model, total, missing, 0.5 * speed, arguments.batch_size * max_seq_len)
+        speed = ledger.measure(model, sample, **score)["tokens_per_second"]
+        session.print_plan(model, total, missing, 0.5 * speed, arguments.batch_size * max_seq_len)
     settings = {name: getattr(config, name) for name in FULL_SETTINGS}
     deep = replace(part, meta=meta | {"arguments": meta["arguments"] | settings})
     pool = []
     if arguments.full and "sensitivity" in arguments.parts:
         pool = text_data.tokenize(texts["calibration"][: config.PROBE_DOCUMENTS], tokenizer, arguments.max_tokens)
-        full_study.choose_estimator(
+        explain.choose_estimator(
             deep, config.SENSITIVITY_VALIDATION_DOCUMENTS, config.SENSITIVITY_INTERVENTIONS, config.SENSITIVITY_SAMPLES
         )
     frame = measure(part, deep, arguments, leader, pool)
@@ -486,7 +494,7 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
         "sidecar_seeds": [one.seed for one in sets], "random_seeds": arguments.random_seeds,
         "margin": json.loads((folder / "margin.json").read_text(encoding="utf-8")),
     }  # fmt: skip
-    answer = verdict.judge(part.read_csv(DOCUMENTS), part.read_csv(RESULTS), part.rule, margin, inputs, arguments.quick)
+    answer = judge(part.read_csv(DOCUMENTS), part.read_csv(RESULTS), part.rule, margin, inputs, arguments.quick)
     results.write_json(folder / VERDICT, answer, meta)
     print_summary(frame, answer, layers)
     if arguments.full:
@@ -497,13 +505,13 @@ def run(arguments: argparse.Namespace, max_seq_len: int) -> None:
     print("Next: open notebooks/visualize_routing.ipynb, which draws all results")
 
 
-def missing_runs(part: full_study.Study, arguments: argparse.Namespace, leader: str | None) -> int:
+def missing_runs(part: explain.Study, arguments: argparse.Namespace, leader: str | None) -> int:
     """Runs of the gates and controls of all sets that are still to be made: passes over the evaluation text."""
     count = 0 if part.bench.has(TARGET, "baseline", 0) else 1
     for sidecars in part.sets:
         modes = plan(arguments, leader, sidecars.has_learned_gates, own_controls(arguments))
         for mode in modes if sidecars is part.sets[0] else other_modes(modes, arguments.full):
-            runs = gate_study.runs_of(mode, gate_study.mask_seeds_of(sidecars, arguments.random_seeds))
+            runs = runs_of(mode, mask_seeds_of(sidecars, arguments.random_seeds))
             count += sum(not part.bench.has(TARGET, row, sidecars.seed, seed) for _, row, seed in runs)
     return count
 
@@ -523,7 +531,7 @@ def is_own(path: Path, meta: dict) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(sys.argv[1:] if argv is None else argv)
-    study.retry_shorter(lambda tokens: run(arguments, tokens), arguments.max_seq_len, config.OOM_SEQ_LEN_FALLBACK)
+    session.retry_shorter(lambda tokens: run(arguments, tokens), arguments.max_seq_len, config.OOM_SEQ_LEN_FALLBACK)
 
 
 if __name__ == "__main__":

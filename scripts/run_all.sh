@@ -115,7 +115,7 @@ done
 notebook visualize_routing "$folder" report.html
 
 # --restart: journeys that an earlier run collected with other settings would stop 08.
-step 08_collect_journeys "$python" scripts/08_collect_journeys.py --model "$journey_model" "${flags[@]}" \
+step 08_collect_journeys "$python" scripts/journeys/01_collect.py --model "$journey_model" "${flags[@]}" \
   ${device[@]+"${device[@]}"} --save-hidden "$hidden" --restart
 for name in 09_analyze_journeys 10_predict_experts; do
   step "$name" "$python" "scripts/$name.py" --model "$journey_model" "${flags[@]}"

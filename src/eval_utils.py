@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from src.text_data import TokenDocument, Window, score_windows
+from src.base.text_data import TokenDocument, Window, score_windows
 
 # Batching (see `_batches`), in tokens: the most one batch holds on a CPU, the length from which padding is not worth it
 # there, and the padding per row that is cheaper than another call of the model.

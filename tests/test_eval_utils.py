@@ -15,9 +15,9 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from src import eval_utils
-from src.blockffn import BlockFFNConfig, BlockFFNForCausalLM
+from src.base.text_data import Document, TokenDocument, score_windows, tokenize
 from src.eval_utils import WindowRef, decode_speed, generate_texts, prefill_speed, score_documents
-from src.text_data import Document, TokenDocument, score_windows, tokenize
+from src.models.blockffn import BlockFFNConfig, BlockFFNForCausalLM
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 300
@@ -356,7 +356,7 @@ def test_peak_memory_sees_what_was_held():
 
 @pytest.fixture
 def benchmark(monkeypatch, capsys):
-    """Run scripts/benchmark.py in this process, sparing its imports: (exit code, stdout, stderr)."""
+    """Run scripts/dev/benchmark.py in this process, sparing its imports: (exit code, stdout, stderr)."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments), "--device", "cpu"])

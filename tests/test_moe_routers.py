@@ -20,7 +20,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from src.blockffn import BlockFFNConfig, BlockFFNForCausalLM
+from src.models.blockffn import BlockFFNConfig, BlockFFNForCausalLM
 from src.routing_extractor import RouterShape, RoutingExtractor, TopKExtractor, router_shape
 
 SIZES = dict(

@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 from scipy import stats as scipy_stats
 from torch.nn import functional
 
-from src.blockffn import BlockFFNConfig, BlockFFNForCausalLM
+from src.base.text_data import TokenDocument
 from src.eval_utils import score_documents
-from src.routing_extractor import RoutingExtractor, sparsity
-from src.routing_measures import (
+from src.gating.routing_text import (
     CHUNKS,
     TOKEN_KINDS,
     chunk_level_counts,
@@ -30,7 +29,8 @@ from src.routing_measures import (
     token_kinds,
     token_level_counts,
 )
-from src.text_data import TokenDocument
+from src.models.blockffn import BlockFFNConfig, BlockFFNForCausalLM
+from src.routing_extractor import RoutingExtractor, sparsity
 from tests.tiny import GOLDEN, byte_tokenizer, llama_folder
 
 
@@ -336,7 +336,7 @@ def test_pieces_of_a_byte_tokenizer():
 
 
 def test_pieces_join_to_the_text():
-    from src.model_loading import load_tokenizer, resolve_model_path
+    from src.models.loading import load_tokenizer, resolve_model_path
 
     tokenizer = load_tokenizer(resolve_model_path("blockffn-tiny"))
     text = 'def f(x):\n    """Return x — naïve, but 1234 fine."""\n    return x  # ok\n'

@@ -1,0 +1,469 @@
+"""Every figure and table about predicting experts, drawn from the files that 10 saved; no torch.
+
+Each `plot_*` function takes what `journey_plots.read_result` returned, draws one matplotlib Figure and returns it;
+`*_table` functions return a DataFrame for display. Where a file has nothing for a figure (one hop, one data set, no
+prefetching), `NothingToDraw` says why. Shares of the files are shown in percent. Figures of the cache say on them
+that they are theory: `expert_cache` says what the simulation leaves out.
+
+Colours are Okabe and Ito's colour-blind safe set, by what a predictor sees; markers and lines tell its kin apart.
+"""
+
+import math
+
+import numpy as np
+import pandas as pd
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from src.figures.hybrid import new_figure, plain
+from src.figures.journeys import NothingToDraw
+
+BASELINE, HISTORY, HIDDEN = "baseline", "from the experts so far", "from hidden states"
+FAMILY_COLOURS = {BASELINE: "#7F7F7F", HISTORY: "#0072B2", HIDDEN: "#D55E00"}
+# predictor -> (family, colour, marker, line)
+STYLES = {
+    "uniform": (BASELINE, "#000000", "", ":"),
+    "majority": (BASELINE, "#7F7F7F", "s", "--"),
+    "previous_token": (BASELINE, "#7F7F7F", "X", ":"),
+    "transition": (BASELINE, "#7F7F7F", "v", "-"),
+    "lookup": (HISTORY, "#56B4E9", "o", "-"),
+    "xgboost": (HISTORY, "#009E73", "D", "-"),
+    "mlp": (HISTORY, "#0072B2", "^", "-"),
+    "mlp_tuned": (HISTORY, "#0072B2", "P", "--"),
+    "stale_gate": (HIDDEN, "#E69F00", "o", "-"),
+    "linear_probe": (HIDDEN, "#D55E00", "s", "--"),
+    "mlp_probe": (HIDDEN, "#D55E00", "D", "-"),
+}
+# cache policy -> (label, colour, marker, line)
+POLICIES = {
+    "on_demand": ("on demand, no cache", "#000000", "", ":"),
+    "lru": ("LRU", "#0072B2", "o", "-"),
+    "lfu": ("LFU", "#56B4E9", "s", "-"),
+    "static": ("most frequent, fixed", "#009E73", "D", "-"),
+    "belady": ("Belady (best possible cache)", "#000000", "^", "--"),
+}
+# Lines of prefetching, one predictor of each family: no colour of a policy.
+PREFETCH_COLOURS = {BASELINE: "#7F7F7F", HISTORY: "#CC79A7", HIDDEN: "#D55E00"}
+SCOPES = {"per_layer": "a cache for each layer", "shared": "one cache for all layers"}
+# column of cache_curves.csv -> (axis label, factor)
+CURVES = {
+    "hit_rate": ("hits (% of requests)", 100),
+    "mb_per_token": ("moved (MB per token)", 1),
+    "stall_ms_per_token": ("stall (ms per token)", 1),
+    "speedup": ("speed-up over on demand", 1),
+}
+THEORY = "Theory only: simulated from recorded routing, not timed on a device"
+
+
+# -- parts
+def _label(predictor):
+    return plain(predictor.replace("_", " "))
+
+
+def _number(value, form="{:.1f}"):
+    """A number as text, "-" where there is none."""
+    return "-" if value is None or not math.isfinite(float(value)) else form.format(float(value))
+
+
+def _chosen(predictors, split, hop, domain):
+    """(rows, hop) of one split, hop (default: the smallest) and domain. Raises NothingToDraw where there are none."""
+    rows = predictors[(predictors["split"] == split) & (predictors["domain"] == domain)]
+    hop = (rows["hop"].min() if len(rows) else "any") if hop is None else hop
+    rows = rows[rows["hop"] == hop]
+    if rows.empty:
+        raise NothingToDraw(f"no predictions for split {split}, hop {hop}, domain {domain}")
+    return rows, hop
+
+
+def _ranked(rows, column="top1"):
+    """Predictors of a table, best mean first; equals in the order of the file."""
+    means = rows.groupby("predictor", sort=False)[column].mean()
+    return list(means.sort_values(ascending=False, kind="stable").index)
+
+
+def _reach(rows, centre, low, high):
+    """Error bars [2, n] in percent; 0 where there is no interval."""
+    ends = [rows[centre] - rows[low], rows[high] - rows[centre]]
+    return np.nan_to_num(100 * np.maximum(np.array(ends, dtype=float), 0))
+
+
+def _bars(rows):
+    """What error bars show, for a title; with one problem there are none."""
+    return "bars: 95 %, over problems" if rows["top1_low"].notna().any() else "no intervals: too few problems"
+
+
+def _whole_numbers(axes):
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _layers_ahead(hop):
+    return f"{hop} layer{'' if hop == 1 else 's'} ahead"
+
+
+def _legend_right(axes, handles=None):
+    """Legend to the right of the panel, so that it covers no line."""
+    settings = {"handles": handles} if handles else {}
+    axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, **settings)
+
+
+# -- accuracy
+def plot_comparison(predictors, split="problems", hop=None, domain="all"):
+    """Bars of all predictors, best first: top-1 accuracy with interval, and top-2; slot overlap, and whole sets.
+
+    `predictors`: predictors.csv. hop: default the smallest. Raises NothingToDraw where nothing was predicted so.
+    """
+    rows, hop = _chosen(predictors, split, hop, domain)
+    rows = rows.set_index("predictor").loc[_ranked(rows)].reset_index()
+    places = np.arange(len(rows))
+    colours = [FAMILY_COLOURS[STYLES[name][0]] for name in rows["predictor"]]
+    figure, (left, right) = new_figure(13.5, 1.9 + 0.36 * len(rows), 1, 2)
+    parts = (
+        (left, "top1", "top2", "strongest expert predicted right (% of cells)", "right in two guesses"),
+        (right, "slot_overlap", "whole_set", "share of the experts used that were predicted (%)", "all experts right"),
+    )
+    for axes, bar, mark, label, _ in parts:
+        axes.barh(places, 100 * rows[bar], color=colours, height=0.7, zorder=2)
+        axes.scatter(100 * rows[mark], places, marker="D", s=26, color="white", edgecolor="black", lw=1.1, zorder=4)
+        reach = _reach(rows, "top1", "top1_low", "top1_high") if bar == "top1" else np.zeros((2, len(rows)))
+        if reach.any():
+            axes.errorbar(100 * rows[bar], places, xerr=reach, fmt="none", color="black", capsize=3, lw=1.3, zorder=5)
+        for place, value in enumerate(rows[bar]):
+            axes.text(101, place, _number(100 * value), va="center", fontsize=8.5)
+        axes.set_yticks(places, [_label(name) for name in rows["predictor"]], fontsize=9)
+        axes.set_xlim(0, 108)
+        axes.set_xticks(range(0, 101, 20))
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlabel(label)
+        axes.set_ylabel("predictor")
+        axes.grid(axis="y", visible=False)
+    families = [Patch(color=colour, label=name) for name, colour in FAMILY_COLOURS.items() if colour in colours]
+    meaning = f"{parts[0][4]} (left), {parts[1][4]} (right)"
+    diamond = Line2D([], [], marker="D", ls="", color="white", markeredgecolor="black", ms=5, label=meaning)
+    figure.legend(handles=[*families, diamond], fontsize=8.5, ncols=4, frameon=False, loc="outside lower center")
+    left.set_title(f"Strongest expert ({_bars(rows)})", fontsize=10)
+    right.set_title("Set of experts", fontsize=10)
+    figure.suptitle(f"{_layers_ahead(hop)}, split by {plain(split)}, domain {plain(domain)}", fontsize=10.5)
+    return figure
+
+
+def plot_domains(predictors, split="problems", hop=None):
+    """Top-1 accuracy with interval by predictor, a marker for each data set. `predictors`: predictors.csv.
+
+    Raises NothingToDraw for one data set.
+    """
+    _, hop = _chosen(predictors, split, hop, "all")
+    rows = predictors[(predictors["split"] == split) & (predictors["hop"] == hop)]
+    names = [name for name in dict.fromkeys(rows["domain"]) if name != "all"]
+    if len(names) < 2:
+        raise NothingToDraw("one data set only: there is nothing to compare")
+    order = _ranked(rows[rows["domain"] == "all"])
+    figure, axes = new_figure(8.5, 1.6 + 0.36 * len(order))
+    series = zip(names, ("#0072B2", "#E69F00", "#009E73", "#CC79A7") * len(names), "osD^" * len(names), strict=False)
+    for number, (name, colour, marker) in enumerate(series):
+        part = rows[rows["domain"] == name].set_index("predictor").reindex(order)
+        places = np.arange(len(order)) + 0.5 * (number - (len(names) - 1) / 2) / len(names)
+        axes.errorbar(
+            100 * part["top1"], places, xerr=_reach(part, "top1", "top1_low", "top1_high"), fmt=marker, color=colour,
+            ms=5.5, capsize=2.5, label=plain(name),
+        )  # fmt: skip
+    axes.set_yticks(range(len(order)), [_label(name) for name in order], fontsize=9)
+    axes.set_ylim(len(order) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"strongest expert predicted right (% of cells; {_bars(rows)})")
+    axes.set_ylabel("predictor")
+    axes.set_title(f"By data set, {_layers_ahead(hop)}", fontsize=10)
+    _legend_right(axes)
+    return figure
+
+
+def plot_layers(per_layer, split="problems", hop=None, domain="all"):
+    """Top-1 accuracy by target layer, a line for each predictor. `per_layer`: predictors_per_layer.csv.
+
+    hop: default the smallest. Raises NothingToDraw where nothing was predicted so.
+    """
+    rows, hop = _chosen(per_layer, split, hop, domain)
+    order = _ranked(rows)
+    figure, axes = new_figure(min(max(8.5, 4.5 + 0.28 * rows["layer"].nunique()), 13.5), 4.6)
+    for name in order:
+        part = rows[rows["predictor"] == name].sort_values("layer")
+        _, colour, marker, line = STYLES[name]
+        axes.plot(
+            part["layer"],
+            100 * part["top1"],
+            line,
+            color=colour,
+            marker=marker or ".",
+            ms=5,
+            lw=1.5,
+            label=_label(name),
+        )
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("target layer")
+    axes.set_ylabel("strongest expert predicted right (%)")
+    axes.set_title(f"Accuracy by target layer, {_layers_ahead(hop)} (legend: best first)", fontsize=10)
+    _whole_numbers(axes)
+    _legend_right(axes)
+    return figure
+
+
+def plot_hops(predictors, split="problems", domain="all"):
+    """Top-1 accuracy with interval by how many layers ahead, a line for each predictor. `predictors`: predictors.csv.
+
+    Predictors are a little apart from each other sideways, so that their bars do not cover each other. Raises
+    NothingToDraw for one hop.
+    """
+    rows = predictors[(predictors["split"] == split) & (predictors["domain"] == domain)]
+    if rows["hop"].nunique() < 2:
+        raise NothingToDraw("one hop only was predicted: see 10's --hops for more")
+    order = _ranked(rows)
+    figure, axes = new_figure(9.5, 4.8)
+    for number, name in enumerate(order):
+        part = rows[rows["predictor"] == name].sort_values("hop")
+        _, colour, marker, line = STYLES[name]
+        aside = 0.3 * (number / max(len(order) - 1, 1) - 0.5)
+        axes.errorbar(
+            part["hop"] + aside, 100 * part["top1"], yerr=_reach(part, "top1", "top1_low", "top1_high"), fmt=line,
+            color=colour, marker=marker or ".", ms=5, lw=1.4, elinewidth=1, capsize=2, label=_label(name),
+        )  # fmt: skip
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(sorted(rows["hop"].unique()))
+    axes.set_xlabel("layers ahead")
+    axes.set_ylabel("strongest expert predicted right (%)")
+    axes.set_title(f"Accuracy by layers ahead ({_bars(rows)}; legend: best first)", fontsize=10)
+    _legend_right(axes)
+    return figure
+
+
+# -- leakage
+def plot_leakage(leakage, hop=None):
+    """Top-1 accuracy when rows are split against problems, on the same test rows; the difference with its interval.
+
+    `leakage`: leakage.csv. hop: default the smallest. Raises NothingToDraw where nothing was compared.
+    """
+    hop = leakage["hop"].min() if hop is None and len(leakage) else hop
+    rows = leakage[leakage["hop"] == hop].sort_values("leakage", ascending=False, kind="stable").reset_index()
+    if rows.empty:
+        raise NothingToDraw(f"no predictor was scored under both splits at hop {hop}")
+    places = np.arange(len(rows))
+    figure, (left, right) = new_figure(13, 1.9 + 0.42 * len(rows), 1, 2, width_ratios=[1.3, 1])
+    parts = (
+        ("top1_rows_split", "split by row (leaks)", "#E69F00", -0.2),
+        ("top1_problem_split", "split by problem (honest)", "#0072B2", 0.2),
+    )
+    for column, label, colour, aside in parts:
+        left.barh(places + aside, 100 * rows[column], height=0.38, color=colour, label=label)
+        for place, value in enumerate(rows[column]):
+            left.text(100 * value + 1, place + aside, _number(100 * value), va="center", fontsize=8)
+    left.set_xlim(0, 112)
+    left.set_xticks(range(0, 101, 20))
+    left.set_xlabel("strongest expert predicted right (%)")
+    left.set_title("The same test rows, two ways of splitting", fontsize=10)
+    figure.legend(fontsize=8.5, frameon=False, ncols=2, loc="outside lower center")
+    right.errorbar(
+        100 * rows["leakage"], places, xerr=_reach(rows, "leakage", "ci_low", "ci_high"), fmt="o", color="#000000",
+        ms=5.5, capsize=3,
+    )  # fmt: skip
+    right.axvline(0, color="#7F7F7F", lw=1.2)
+    right.set_xlabel("leakage (percentage points; bars: 95 %, over problems)")
+    right.set_title("Split by row minus split by problem", fontsize=10)
+    for axes in (left, right):
+        axes.set_yticks(places, [_label(name) for name in rows["predictor"]], fontsize=9)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_ylabel("predictor")
+        axes.grid(axis="y", visible=False)
+    figure.suptitle(f"What rows of one journey on both sides of the split pretend, {_layers_ahead(hop)}", fontsize=10.5)
+    return figure
+
+
+# -- cache
+def _nearest(values, wanted):
+    """The listed value whose ratio to `wanted` is nearest to 1."""
+    return min(values, key=lambda value: abs(math.log(value / wanted)))
+
+
+def _cache_of(curves, capacity=None, bandwidth_gb_s=None):
+    """(capacity, bandwidth) of the file nearest to those asked for; a capacity of None asks for half of the largest."""
+    held = sorted(set(curves.loc[curves["policy"] == "lru", "capacity"]) - {0})
+    if not held:
+        raise NothingToDraw("no cache sizes were simulated")
+    finite = [value for value in sorted(set(curves["bandwidth_gb_s"])) if math.isfinite(value)]
+    return _nearest(held, capacity or held[-1] / 2), _nearest(finite, bandwidth_gb_s)
+
+
+def _prefetchers(curves):
+    """The predictors to draw: of each family that with the shortest mean time per token."""
+    rows = curves[curves["policy"] == "prefetch"]
+    best = {}
+    for name in reversed(_ranked(rows, "ms_per_token")):
+        best.setdefault(STYLES[name][0], name)
+    return [name for name in STYLES if name in best.values()]
+
+
+def _plot_curves(curves, x, label, title):
+    """A panel for each scope (rows) and each of CURVES: lines over `x` for each policy and some predictors."""
+    lines = [(POLICIES[name], 2.4, curves[curves["policy"] == name]) for name in POLICIES]
+    for name in _prefetchers(curves):
+        family, _, marker, _ = STYLES[name]
+        look = (f"LRU + prefetch by {_label(name)}", PREFETCH_COLOURS[family], marker or ".", "-")
+        lines.append((look, 1.2, curves[(curves["policy"] == "prefetch") & (curves["predictor"] == name)]))
+    scopes = [scope for scope in SCOPES if (curves["scope"] == scope).any()]
+    figure, panels = new_figure(16, 3.2 * len(scopes) + 1.2, len(scopes), len(CURVES))
+    panels = np.reshape(panels, (len(scopes), len(CURVES)))
+    for scope, row in zip(scopes, panels, strict=True):
+        for (column, (name, factor)), axes in zip(CURVES.items(), row, strict=True):
+            axes.set_ylabel(name)
+            _scale(axes, column, curves.loc[curves["scope"] == scope, column], x)
+            for (text, colour, marker, line), width, rows in lines:
+                part = rows[rows["scope"] == scope].sort_values(x)
+                style = dict(color=colour, ls=line, lw=width, label=text)
+                if x == "capacity" and (part["capacity"] == 0).all():  # no cache: the same for every size
+                    axes.axhline(factor * part[column].iloc[0], **style)
+                else:  # prefetching often lies on LRU: thin on wide, hollow on filled
+                    face = "white" if width < 2 else colour
+                    axes.plot(part[x], factor * part[column], marker=marker, ms=5, markerfacecolor=face, **style)
+            axes.set_xlabel(label)
+            axes.set_title(SCOPES[scope], fontsize=9.5)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8.5, ncols=4, frameon=False, loc="outside lower center")
+    figure.suptitle(f"{THEORY}\n{title}", fontsize=10.5)
+    return figure
+
+
+def _scale(axes, column, values, x):
+    """Limits of y, from 0; speed-ups and (over bandwidth) stalls are logarithmic where they span a factor of 10."""
+    low, high = values.min(), values.max()
+    if (column == "speedup" or (column, x) == ("stall_ms_per_token", "bandwidth_gb_s")) and high > 10 * low > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylabel(f"{axes.get_ylabel()} (logarithmic)")
+    elif column == "hit_rate":
+        axes.set_ylim(-3, 103)
+    else:
+        axes.set_ylim(0, 1.05 * high if high > 0 else 1)
+
+
+def plot_cache_sizes(curves, bandwidth_gb_s=25.0):
+    """Hits, bytes, stall and speed-up over experts held per layer, at the simulated bandwidth nearest to that given.
+
+    `curves`: cache_curves.csv; all policies, and prefetching by the best predictor of each kind.
+    """
+    _, bandwidth = _cache_of(curves, None, bandwidth_gb_s)
+    rows = curves[curves["bandwidth_gb_s"] == bandwidth]
+    title = f"Over the size of the cache, at {bandwidth:g} GB/s, {int(rows['tokens'].iloc[0]):,} tokens"
+    figure = _plot_curves(rows, "capacity", "experts held per layer (on average)", title)
+    for axes in figure.axes:
+        _whole_numbers(axes)
+    return figure
+
+
+def plot_bandwidths(curves, capacity=None):
+    """Hits, bytes, stall and speed-up over bandwidth, at the simulated cache size nearest to that given.
+
+    `curves`: cache_curves.csv; capacity: experts held per layer, default half of the largest. Raises
+    NothingToDraw for one bandwidth.
+    """
+    capacity, _ = _cache_of(curves, capacity, 1.0)
+    if curves["bandwidth_gb_s"].nunique() < 2:
+        raise NothingToDraw("one bandwidth only was simulated")
+    rows = curves[(curves["capacity"] == capacity) | (curves["policy"] == "on_demand")]
+    rows = rows[np.isfinite(rows["bandwidth_gb_s"])]
+    tokens = int(rows["tokens"].iloc[0])
+    title = f"Over the bandwidth of the link, {capacity} experts held per layer, {tokens:,} tokens"
+    figure = _plot_curves(rows, "bandwidth_gb_s", "bandwidth (GB/s, logarithmic)", title)
+    ticks = sorted(set(rows["bandwidth_gb_s"]))
+    for axes in figure.axes:
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{value:g}" for value in ticks], fontsize=8.5)
+        axes.xaxis.set_minor_locator(NullLocator())
+    return figure
+
+
+def plot_prefetch(curves, capacity=None, bandwidth_gb_s=25.0, scope="per_layer"):
+    """What prefetching with each predictor saves in stall, and moves in excess, against LRU alone.
+
+    `curves`: cache_curves.csv; at the simulated cache size and bandwidth nearest to those given. Raises NothingToDraw
+    without predictors.
+    """
+    capacity, bandwidth = _cache_of(curves, capacity, bandwidth_gb_s)
+    rows = curves[(curves["scope"] == scope) & (curves["bandwidth_gb_s"] == bandwidth)]
+    rows = rows[rows["capacity"] == capacity]
+    ahead = rows[rows["policy"] == "prefetch"].sort_values("stall_ms_per_token", kind="stable")
+    if ahead.empty:
+        raise NothingToDraw("no predictor was used to prefetch")
+    alone = rows[rows["policy"] == "lru"].iloc[0]
+    places = np.arange(len(ahead))
+    colours = [FAMILY_COLOURS[STYLES[name][0]] for name in ahead["predictor"]]
+    figure, panels = new_figure(12.5, 2.2 + 0.34 * len(ahead), 1, 2)
+    parts = (
+        (alone["stall_ms_per_token"] - ahead["stall_ms_per_token"], f"stall saved (ms per token; LRU alone: "
+         f"{alone['stall_ms_per_token']:,.3g})"),
+        (ahead["mb_per_token"] - alone["mb_per_token"], f"moved in excess (MB per token; LRU alone: "
+         f"{alone['mb_per_token']:,.0f})"),
+    )  # fmt: skip
+    for axes, (values, label) in zip(panels, parts, strict=True):
+        values = values.to_numpy(float)
+        axes.barh(places, values, color=colours, height=0.7)
+        for place, value in enumerate(values):
+            axes.text(max(value, 0), place, f" {value:,.3g}", va="center", fontsize=8.5)
+        axes.set_yticks(places, [_label(name) for name in ahead["predictor"]], fontsize=9)
+        axes.set_ylim(len(ahead) - 0.4, -0.6)
+        axes.set_xlim(0, 1.18 * max(values.max(), 1e-9))
+        axes.set_xlabel(label)
+        axes.set_ylabel("predictor")
+        axes.grid(axis="y", visible=False)
+    families = [Patch(color=colour, label=name) for name, colour in FAMILY_COLOURS.items() if colour in colours]
+    figure.legend(handles=families, fontsize=8.5, ncols=3, frameon=False, loc="outside lower center")
+    figure.suptitle(
+        f"{THEORY}\nPrefetching over LRU: {SCOPES[scope]}, {capacity} experts held per layer, {bandwidth:g} GB/s",
+        fontsize=10.5,
+    )
+    return figure
+
+
+# -- tables
+def comparison_table(predictors, split="problems", hop=None, domain="all"):
+    """predictors.csv for display at one hop (default: the smallest), best first."""
+    rows, hop = _chosen(predictors, split, hop, domain)
+    rows = rows.set_index("predictor").loc[_ranked(rows)]
+    random = rows["top1"].get("uniform", math.nan)
+    return pd.DataFrame(
+        {
+            "top-1 (%)": [_number(100 * value) for value in rows["top1"]],
+            "95 % interval": [
+                f"{_number(100 * low)} to {_number(100 * high)}" if math.isfinite(low) else "-"
+                for low, high in zip(rows["top1_low"], rows["top1_high"], strict=True)
+            ],
+            "times random": [_number(value / random if random else math.nan, "{:.2f}") for value in rows["top1"]],
+            "top-2 (%)": [_number(100 * value) for value in rows["top2"]],
+            "experts found (%)": [_number(100 * value) for value in rows["slot_overlap"]],
+            "whole set (%)": [_number(100 * value) for value in rows["whole_set"]],
+            "calibration error": [_number(value, "{:.3f}") for value in rows["ece"]],
+            "training (s)": [_number(value) for value in rows["train_seconds"]],
+            "prediction (µs)": [_number(value) for value in rows["predict_us"]],
+            "parameters": [_number(value, "{:,.0f}") for value in rows["parameters"]],
+        },
+        index=pd.Index([_label(name) for name in rows.index], name=_layers_ahead(hop)),
+    )
+
+
+def leakage_table(leakage):
+    """leakage.csv for display. Raises NothingToDraw where nothing was compared."""
+    if leakage.empty:
+        raise NothingToDraw("no predictor was scored under both splits")
+    return pd.DataFrame(
+        {
+            "layers ahead": leakage["hop"].to_numpy(),
+            "test rows": [f"{rows:,}" for rows in leakage["rows"]],
+            "split by row (%)": [_number(100 * value) for value in leakage["top1_rows_split"]],
+            "split by problem (%)": [_number(100 * value) for value in leakage["top1_problem_split"]],
+            "leakage (points)": [_number(100 * value, "{:+.1f}") for value in leakage["leakage"]],
+            "95 % interval": [
+                f"{_number(100 * low, '{:+.1f}')} to {_number(100 * high, '{:+.1f}')}" if math.isfinite(low) else "-"
+                for low, high in zip(leakage["ci_low"], leakage["ci_high"], strict=True)
+            ],
+        },
+        index=pd.Index([_label(name) for name in leakage["predictor"]], name="predictor"),
+    )

@@ -1,0 +1,84 @@
+"""What a row of results costs: FLOPs, tokens per second, memory."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from src import eval_utils
+from src.base.text_data import TokenDocument
+from src.eval_utils import WindowRef
+from src.hybrid.layer import attachment_of, is_attached
+from src.models import costs
+from src.models.families import decoder_layers, has_router
+from src.routing_extractor import RoutingExtractor
+
+
+# -- costs
+def active_experts(
+    model: nn.Module, documents: Sequence[TokenDocument], max_seq_len: int, batch_size: int
+) -> list[float]:
+    """Fraction of experts that a token activates (1 - sparsity), mean per layer [L] over the tokens of `documents`.
+
+    1.0 everywhere for a model without router.
+    """
+    layers = len(decoder_layers(model))
+    if not has_router(model):
+        return [1.0] * layers
+    lengths: list[int] = []
+    active, seen = np.zeros(layers), np.zeros(layers)
+
+    def on_batch(rows: list[WindowRef]) -> None:
+        lengths[:] = [row.length for row in rows]
+
+    def on_layer(layer: int, activations: torch.Tensor) -> None:  # [B, T, E]
+        for row, length in enumerate(lengths):
+            active[layer] += float((activations[row, :length] != 0).sum()) / activations.shape[-1]
+            seen[layer] += length
+
+    with RoutingExtractor(model, on_layer=on_layer):
+        eval_utils.score_documents(model, documents, max_seq_len, max_seq_len, batch_size, on_batch=on_batch)
+    return (active / seen).tolist()
+
+
+def flops_columns(
+    model: nn.Module,
+    lengths: Sequence[int],
+    active: Sequence[float],
+    shares: Mapping[int, float] | None = None,
+    hard: bool = False,
+) -> dict[str, float]:
+    """flops_ideal and flops_executed per token, averaged over documents of `lengths` tokens, weighted by length.
+
+    shares: mean mamba share per hybrid layer; None for the base model. hard: as in `costs.flops_ideal`.
+    """
+    shape = costs.model_shape(model.config)
+    mamba = costs.mamba_shape(attachment_of(model).mamba_config) if shares is not None else None
+    values, counts = np.unique(np.asarray(lengths), return_counts=True)
+    weights = values * counts / (values * counts).sum()
+    ideal = [costs.flops_ideal(shape, int(n), active, mamba, shares, hard) for n in values]
+    executed = [costs.flops_executed(shape, int(n), mamba, shares) for n in values]
+    return {"flops_ideal": float(weights @ ideal), "flops_executed": float(weights @ executed)}
+
+
+def measure(
+    model: nn.Module, documents: Sequence[TokenDocument], max_seq_len: int, stride: int, batch_size: int
+) -> dict:
+    """tokens_per_second and memory_gb of scoring `documents`, nothing else held; timing columns."""
+    device = eval_utils.model_device(model)
+    eval_utils.reset_peak_memory(device)
+    on_batch = attachment_of(model).on_batch if is_attached(model) else None
+    scores = eval_utils.score_documents(model, documents, max_seq_len, stride, batch_size, on_batch=on_batch)
+    return {"tokens_per_second": scores.tokens_per_second, "memory_gb": eval_utils.peak_memory_gb(device)}
+
+
+def speed_sample(documents: Sequence[TokenDocument], tokens: int = 6_000) -> list[TokenDocument]:
+    """The longest documents that together hold about `tokens` tokens (at least one document)."""
+    chosen, total = [], 0
+    for document in sorted(documents, key=lambda d: (-len(d.ids), d.id)):
+        if chosen and total + len(document.ids) > tokens:
+            break
+        chosen.append(document)
+        total += len(document.ids)
+    return chosen

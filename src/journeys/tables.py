@@ -1,0 +1,634 @@
+"""Every analysis of a set of token journeys, as the tables and arrays that 09 writes: one entry per file.
+
+The measures themselves are in `journey_measures`; here journeys become plain arrays (`prepare`), and figures become
+columns (`analyze`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from src.journeys import measures as measures
+
+# First token positions of the buckets in `positions.csv`; the last one is open.
+POSITION_BUCKETS = (0, 1, 4, 16, 64, 256)
+# Bins of equal width from 0 to 1 in `gate_histogram.csv`.
+HISTOGRAM_BINS = 100
+# Journeys of each domain that `example_journeys.npz` keeps, for drawing single ones.
+EXAMPLES = 101
+CORRELATION_NOTE = (
+    "Expert ids are labels: renumbering the experts of a layer changes nothing in the model, but changes the Pearson "
+    "correlation of the ids (`id_correlation_relabelled` is the same data with the ids of each layer shuffled), and a "
+    "strong dependence that is not monotone in the ids can show r = 0. Cramer's V depends on the counts alone."
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Journeys as `analyze` takes them: N journeys, L layers, K experts each, P problems, D domains, W distinct tokens.
+
+    Attributes:
+        experts: integers [N, L, K] below num_experts, strongest first; -1 pads where fewer than K are active.
+        gating_probs: [N, L, K], float16 values of the probabilities; 0 on padding, NaN where there are none.
+        num_experts: E. layers: L layer ids of the model, ascending.
+        domains [N]: index into domain_names (D). problem_ids [N]: as collected, may repeat from domain to domain.
+        clusters [N]: problem 0 .. P-1, unique over domains.
+        token_idx [N]: position in the problem. tokens [N]: index into token_ids [W] and token_names, -1 if unknown.
+    """
+
+    experts: np.ndarray
+    gating_probs: np.ndarray
+    num_experts: int
+    layers: tuple[int, ...]
+    domains: np.ndarray
+    domain_names: tuple[str, ...]
+    problem_ids: np.ndarray
+    clusters: np.ndarray
+    token_idx: np.ndarray
+    tokens: np.ndarray
+    token_ids: np.ndarray
+    token_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Choices of `analyze`; percentages run from 0 to 100.
+
+    folds: parts that problems are split into for out-of-sample accuracy. permutations, resamples: draws behind p-values
+    and intervals (`level`). high_confidence: gate probability above which a decision counts as confident.
+    dominant_percent, strong_percent, low_accuracy_percent, domain_percent: thresholds of the findings (an expert's
+    usage, a transition, the accuracy of a hop, the difference of two domains in percentage points).
+    path_lengths: lengths of the shorter paths, in layers. top: paths listed. top_tokens: tokens listed.
+    """
+
+    folds: int = 5
+    permutations: int = 1000
+    resamples: int = 1000
+    level: float = 0.95
+    seed: int = 0
+    high_confidence: float = 0.8
+    dominant_percent: float = 20.0
+    strong_percent: float = 30.0
+    low_accuracy_percent: float = 15.0
+    domain_percent: float = 5.0
+    path_lengths: tuple[int, ...] = (2, 4, 8)
+    top: int = 10
+    top_tokens: int = 200
+
+
+# -- preparing
+def prepare(journeys, domain_order: Sequence[str] = ()) -> Sample:
+    """A `journeys.Journeys` as a `Sample`: names become numbers.
+
+    Domains are its data sets: those in `domain_order` first, in that order, the others by name. Tokens are numbered by
+    token_id, or by their text where no id is known. Raises ValueError where there is no journey, a shape is wrong or an
+    expert is outside -1 .. num_experts - 1.
+    """
+    experts, num_experts = journeys.experts, int(journeys.num_experts)
+    if experts.ndim != 3 or journeys.gating_probs.shape != experts.shape:
+        raise ValueError(
+            f"experts has shape {experts.shape}, gating_probs {journeys.gating_probs.shape}; both must be [N, L, K]"
+        )
+    if not experts.size:
+        raise ValueError(f"there is nothing to analyse: experts has shape {experts.shape}")
+    if len(journeys.layers) != experts.shape[1]:
+        raise ValueError(f"{len(journeys.layers)} layer ids for journeys of {experts.shape[1]} layers")
+    names, named = _unique_of_runs(np.asarray(journeys.dataset))
+    order = sorted(range(len(names)), key=lambda i: (_place(domain_order, str(names[i])), str(names[i])))
+    domains = np.argsort(order)[named]
+    problem_ids, token_idx = np.asarray(journeys.problem_id), np.asarray(journeys.token_idx)
+    for name, values in (("problem_id", problem_ids), ("token_idx", token_idx)):
+        if values.min() < 0:
+            raise ValueError(f"{name} is {values.min()} in row {int(values.argmin())}; it must be 0 or more")
+    _, clusters = _unique_of_runs((domains.astype(np.int64) << 32) + problem_ids)
+    tokens, token_ids, token_names = _number_tokens(np.asarray(journeys.token_id), np.asarray(journeys.token))
+    return Sample(
+        experts,
+        journeys.gating_probs,
+        num_experts,
+        tuple(int(layer) for layer in journeys.layers),
+        domains,
+        tuple(str(names[i]) for i in order),
+        problem_ids,
+        clusters,
+        token_idx,
+        tokens,
+        token_ids,
+        token_names,
+    )
+
+
+def _place(order: Sequence[str], name: str) -> int:
+    return list(order).index(name) if name in order else len(order)
+
+
+def _unique_of_runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(distinct values in order, index of each value [N] among them): `np.unique`, but sorting only where runs begin.
+
+    Rows of one problem mostly stand together; sorting 10 M texts would take longer than all analyses.
+    """
+    starts = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
+    distinct, index = np.unique(values[starts], return_inverse=True)
+    return distinct, np.repeat(index, np.diff(np.append(starts, len(values))))
+
+
+def _number_tokens(ids: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """(number of each token [N], -1 if unknown; token ids [W]; texts of the W tokens)."""
+    if (ids >= 0).any():
+        present = np.flatnonzero(np.bincount(ids[ids >= 0]))
+        number = np.full(int(present[-1]) + 2, -1)  # the last entry serves id -1
+        number[present] = np.arange(len(present))
+        tokens = number[ids]
+        known = np.flatnonzero(tokens >= 0)
+        return (
+            tokens,
+            present,
+            tuple(str(text) for text in texts[known][measures.first_rows(tokens[known], len(present))]),
+        )
+    distinct, tokens = np.unique(texts, return_inverse=True)
+    unknown = int(len(distinct) > 0 and distinct[0] == "")  # "" sorts first
+    names = tuple(str(text) for text in distinct[unknown:])
+    return tokens - unknown, np.full(len(names), -1), names
+
+
+# -- everything
+def analyze(sample: Sample, settings: Settings, progress: bool = False) -> dict[str, dict]:
+    """Every analysis: file name -> content. `.csv`: column -> values; `.json`: the object; `.npz`: name -> array.
+
+    Layers are named by the model's layer ids; shares called percent run from 0 to 100, with every digit.
+    """
+    experts, num_experts, layers = sample.experts, sample.num_experts, np.array(sample.layers)
+    columns = measures.strongest(experts, num_experts)
+    by_rank = measures.expert_counts(experts, num_experts)
+    problems = measures.group_counts(columns, num_experts, sample.clusters, int(sample.clusters.max()) + 1)
+    domain_of_problem = np.zeros(len(problems), dtype=np.int64)
+    domain_of_problem[sample.clusters] = sample.domains
+    counts = measures.transition_counts(columns, num_experts, "transitions" if progress else None)
+    unique = measures.unique_experts(columns, num_experts)
+    confidence, histogram, pooled = _gate_tables(sample, settings)
+    related = measures.affinity(counts)
+    labels = np.random.default_rng(settings.seed).permuted(np.tile(np.arange(num_experts), (len(layers), 1)), axis=1)
+    correlation = measures.id_correlation(counts)
+    hops, hop_shares = _hop_table(sample, settings, columns, counts, domain_of_problem, progress)
+    paths, top_paths, path_ids = _path_tables(sample, settings, columns, progress)
+    domains = _domain_tables(sample, settings, problems, domain_of_problem, unique)
+    files = {
+        "expert_distribution.csv": _distribution_table(layers, by_rank),
+        "load_balance.csv": _balance_table(layers, by_rank),
+        "gate_confidence.csv": confidence,
+        "gate_histogram.csv": histogram,
+        "transitions.npz": {"layers": layers, "counts": counts, "adjacent_probabilities": _adjacent(counts)},
+        "strong_transitions.csv": _strong_transitions(layers, counts, settings.strong_percent),
+        "affinity.npz": {"layers": layers} | related,
+        "hop_accuracy.csv": hops,
+        "paths.csv": paths,
+        "top_paths.csv": top_paths,
+        "correlation.npz": {
+            "layers": layers,
+            "id_correlation": correlation,
+            "id_correlation_relabelled": measures.id_correlation(counts, labels),
+            "cramers_v": measures.cramers_v(counts),
+        },
+    }
+    files |= domains | _token_tables(sample, settings, columns, path_ids) | _position_tables(sample, columns, unique)
+    files["consecutive_tokens.csv"] = _consecutive_table(sample, by_rank)
+    files["example_journeys.npz"] = _examples(sample)
+    findings = _findings(sample, settings, by_rank, counts, related["reference"], correlation, hop_shares)
+    findings["gates"] = pooled
+    findings["paths"] = {"unique": paths["unique_paths"][0], "uniqueness_ratio": paths["uniqueness_ratio"][0]}
+    findings["unique_experts_per_token"] = float(unique.mean())
+    files["findings.json"] = findings
+    return files
+
+
+def _exact(values) -> list[str]:
+    """Numbers as text with every digit: `results.write_csv` keeps 10, too few to compare percentages at 1e-9."""
+    return ["" if np.isnan(value) else repr(float(value)).removesuffix(".0") for value in np.ravel(values)]
+
+
+def _percent(shares) -> list[str]:
+    """Shares as percentages with every digit."""
+    return _exact(100 * np.asarray(shares))
+
+
+def _shares(counts: np.ndarray) -> np.ndarray:
+    """counts [..., E] over their sum; NaN where that is 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return counts / counts.sum(axis=-1, keepdims=True)
+
+
+def _adjacent(counts: np.ndarray) -> np.ndarray:
+    """Transition probabilities from each layer to the next, [L-1, E, E]."""
+    source = np.arange(len(counts) - 1)
+    return measures.transition_probabilities(counts[source, source + 1])
+
+
+def _distribution_table(layers: np.ndarray, by_rank: np.ndarray) -> dict:
+    top1, chosen = by_rank[:, 0], by_rank.sum(axis=1)
+    return {
+        "layer": np.repeat(layers, top1.shape[1]),
+        "expert": np.tile(np.arange(top1.shape[1]), len(layers)),
+        "count": top1.ravel(),
+        "percent": _percent(_shares(top1)),
+        "count_topk": chosen.ravel(),
+        "percent_topk": _percent(_shares(chosen)),
+    }
+
+
+def _balance_table(layers: np.ndarray, by_rank: np.ndarray) -> dict:
+    parts = {"top1": measures.balance(by_rank[:, 0]), "topk": measures.balance(by_rank.sum(axis=1))}
+    table = {"layer": np.tile(layers, 2), "choice": np.repeat(list(parts), len(layers))}
+    return table | {name: np.concatenate([part[name] for part in parts.values()]) for name in parts["top1"]}
+
+
+def _gate_tables(sample: Sample, settings: Settings) -> tuple[dict, dict, list[dict]]:
+    """(gate_confidence, gate_histogram, the pooled figures by rank)."""
+    counts, values = measures.gate_value_counts(sample.experts, sample.gating_probs)
+    counts = np.concatenate((counts.sum(axis=0, keepdims=True), counts))  # first all layers together
+    names = ["all", *sample.layers]
+    slots = counts.shape[1]
+    statistics = measures.gate_statistics(counts, values, settings.high_confidence)
+    ranks = 1 + np.arange(slots)
+    confidence = {"layer": np.repeat(np.array(names, dtype=object), slots), "rank": np.tile(ranks, len(names))}
+    confidence["decisions"] = statistics["decisions"].ravel()
+    confidence |= {name: _exact(statistics[name]) for name in ("mean", "std")}
+    confidence["percent_above"] = _percent(statistics["share_above"])
+    edges = np.linspace(0, 1, HISTOGRAM_BINS + 1)
+    places = np.minimum(np.searchsorted(edges, values, side="right") - 1, HISTOGRAM_BINS - 1)
+    starts = np.searchsorted(places, np.arange(HISTOGRAM_BINS))  # every bin holds some float16
+    binned = np.add.reduceat(counts, starts, axis=-1)
+    histogram = {
+        "layer": np.repeat(np.array(names, dtype=object), slots * HISTOGRAM_BINS),
+        "rank": np.tile(np.repeat(ranks, HISTOGRAM_BINS), len(names)),
+        "bin_low": np.tile(edges[:-1], len(names) * slots),
+        "bin_high": np.tile(edges[1:], len(names) * slots),
+        "count": binned.ravel(),
+    }
+    pooled = [
+        {
+            "rank": rank + 1,
+            "mean": statistics["mean"][0, rank],
+            "std": statistics["std"][0, rank],
+            "percent_above": 100 * statistics["share_above"][0, rank],
+            "threshold": settings.high_confidence,
+        }
+        for rank in range(slots)
+    ]
+    return confidence, histogram, pooled
+
+
+def _strong_transitions(layers: np.ndarray, counts: np.ndarray, threshold: float) -> dict:
+    """Transitions from a layer to the next above `threshold` percent."""
+    probabilities = _adjacent(counts)
+    pair, source, target = np.nonzero(probabilities > threshold / 100)
+    return {
+        "source_layer": layers[pair],
+        "target_layer": layers[pair + 1],
+        "source_expert": source,
+        "target_expert": target,
+        "count": counts[pair, pair + 1, source, target],
+        "percent": _percent(probabilities[pair, source, target]),
+    }
+
+
+def _hop_table(
+    sample: Sample,
+    settings: Settings,
+    columns: np.ndarray,
+    counts: np.ndarray,
+    domain_of_problem: np.ndarray,
+    progress: bool,
+) -> tuple[dict, np.ndarray]:
+    """(hop_accuracy, in-sample accuracy [L-1])."""
+    accuracy, majority = measures.hop_accuracy(counts)
+    hops = np.arange(1, len(columns))
+    absent = np.full(len(hops), np.nan)
+    held_out, held_out_majority, low, high = absent, absent, absent, absent
+    if len(domain_of_problem) > 1 and len(hops):
+        folds = measures.problem_folds(domain_of_problem, settings.folds, settings.seed)
+        right, by_majority, tried = measures.held_out_hits(
+            columns, sample.num_experts, sample.clusters, folds, "held-out hops" if progress else None
+        )
+        with np.errstate(invalid="ignore"):
+            held_out = right.sum(axis=0) / tried.sum(axis=0)
+            held_out_majority = by_majority.sum(axis=0) / tried.sum(axis=0)
+        low, high = measures.ratio_intervals(right, tried, settings.resamples, settings.seed, settings.level)
+    table = {
+        "hop": hops,
+        "layer_pairs": len(columns) - hops,
+        "accuracy": _percent(accuracy),
+        "majority": _percent(majority),
+        "held_out_accuracy": _percent(held_out),
+        "ci_low": _percent(low),
+        "ci_high": _percent(high),
+        "held_out_majority": _percent(held_out_majority),
+        "random": _percent(np.full(len(hops), 1 / sample.num_experts)),
+    }
+    return table, accuracy
+
+
+def _path_tables(
+    sample: Sample, settings: Settings, columns: np.ndarray, progress: bool
+) -> tuple[dict, dict, np.ndarray]:
+    """(paths, top_paths, number of each journey's whole path [N])."""
+    num_layers, num_rows = columns.shape
+    summary: list[tuple] = []
+    listed: list[tuple] = []
+    codes, bound = measures.path_codes(columns, sample.num_experts)
+    distinct, ids = np.unique(codes, return_inverse=True)
+    whole, most = measures.common_paths(ids, len(distinct), settings.top)
+    summary.append((num_layers, sample.layers[0], num_rows, whole, whole / num_rows, most[0][0]))
+    for rank, (count, row) in enumerate(most):
+        tokens = _tokens_of(sample, np.flatnonzero(ids == ids[row]))
+        listed.append((num_layers, rank + 1, sample.layers[0], _path_text(columns[:, row], sample), count, tokens))
+    lengths = [length for length in settings.path_lengths if length < num_layers]
+    windows = [(length, start) for length in lengths for start in range(num_layers - length + 1)]
+    found: dict[int, list] = {length: [] for length in lengths}
+    for length, start in tqdm(windows, desc="paths", disable=not progress):
+        window = columns[start : start + length]
+        distinct_here, top = measures.common_paths(*measures.path_codes(window, sample.num_experts), settings.top)
+        summary.append((length, sample.layers[start], num_rows, distinct_here, distinct_here / num_rows, top[0][0]))
+        found[length] += [(-count, start, row) for count, row in top]
+    for length in lengths:
+        for rank, (count, start, row) in enumerate(sorted(found[length])[: settings.top]):
+            path = _path_text(columns[start : start + length, row], sample)
+            listed.append((length, rank + 1, sample.layers[start], path, -count, ""))
+    paths = dict(
+        zip(
+            ("length", "start_layer", "tokens", "unique_paths", "uniqueness_ratio", "most_common"),
+            map(list, zip(*summary, strict=True)),
+            strict=True,
+        )
+    )
+    names = ("length", "rank", "start_layer", "path", "count", "token_texts")
+    top_paths = dict(zip(names, map(list, zip(*listed, strict=True)), strict=True))
+    top_paths["percent"] = _percent(np.array(top_paths["count"]) / num_rows)
+    return paths, top_paths, ids
+
+
+def _path_text(path: np.ndarray, sample: Sample) -> str:
+    """ "6>5>0"; "-" where a layer has no expert."""
+    return ">".join("-" if expert == sample.num_experts else str(int(expert)) for expert in path)
+
+
+def _tokens_of(sample: Sample, rows: np.ndarray, shown: int = 5) -> str:
+    """The most frequent tokens of some journeys, as "' the' x12 | ' a' x3"."""
+    tokens = sample.tokens[rows]
+    numbers, counts = np.unique(tokens[tokens >= 0], return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:shown]
+    return " | ".join(f"{sample.token_names[numbers[i]]!r} x{counts[i]}" for i in order)
+
+
+def _domain_tables(
+    sample: Sample, settings: Settings, problems: np.ndarray, domain_of_problem: np.ndarray, unique: np.ndarray
+) -> dict[str, dict]:
+    """domain_distribution, domain_difference, domain_distance and domain_summary."""
+    names, layers = sample.domain_names, np.array(sample.layers)
+    size = sample.num_experts
+    counts = np.stack([problems[domain_of_problem == domain].sum(axis=0) for domain in range(len(names))])
+    shares = _shares(counts)
+    cells = len(layers) * size
+    distribution = {
+        "domain": np.repeat(np.array(names, dtype=object), cells),
+        "layer": np.tile(np.repeat(layers, size), len(names)),
+        "expert": np.tile(np.arange(size), len(names) * len(layers)),
+        "count": counts.ravel(),
+        "percent": _percent(shares),
+    }
+    difference: dict[str, list] = {
+        name: [] for name in "domain_a domain_b layer expert percent_a percent_b difference prefers".split()
+    }
+    distance: dict[str, list] = {
+        name: [] for name in "domain_a domain_b layer js_distance p_value p_any_layer problems_a problems_b".split()
+    }
+    for a, b in combinations(range(len(names)), 2):
+        # percentages before their difference, as in the reference: both then fall on the same side of a threshold
+        gap = (100 * shares[a] - 100 * shares[b]).ravel()
+        difference["domain_a"] += [names[a]] * cells
+        difference["domain_b"] += [names[b]] * cells
+        difference["layer"] += np.repeat(layers, size).tolist()
+        difference["expert"] += np.tile(np.arange(size), len(layers)).tolist()
+        difference["percent_a"] += _percent(shares[a])
+        difference["percent_b"] += _percent(shares[b])
+        difference["difference"] += _exact(gap)
+        difference["prefers"] += [_preferred(value, settings.domain_percent, names[a], names[b]) for value in gap]
+        both = np.isin(domain_of_problem, (a, b))
+        member = domain_of_problem[both] == a
+        measured = measures.domain_distance(problems[both], member, settings.permutations, settings.seed)
+        distance["domain_a"] += [names[a]] * len(layers)
+        distance["domain_b"] += [names[b]] * len(layers)
+        distance["layer"] += layers.tolist()
+        for name, values in zip(("js_distance", "p_value", "p_any_layer"), measured, strict=True):
+            distance[name] += values.tolist()
+        distance["problems_a"] += [int(member.sum())] * len(layers)
+        distance["problems_b"] += [int((~member).sum())] * len(layers)
+    sums, above, decisions = (
+        part.sum(axis=1)
+        for part in measures.group_gates(
+            sample.experts, sample.gating_probs, sample.domains, len(names), settings.high_confidence
+        )
+    )
+    tokens = np.bincount(sample.domains, minlength=len(names))
+    with np.errstate(invalid="ignore"):
+        summary = {
+            "domain": list(names),
+            "problems": np.bincount(domain_of_problem, minlength=len(names)),
+            "tokens": tokens,
+            "mean_confidence": _exact(sums / decisions),
+            "unique_experts": _exact(np.bincount(sample.domains, weights=unique, minlength=len(names)) / tokens),
+            "high_confidence_percent": _percent(above / decisions),
+        }
+    return {
+        "domain_distribution.csv": distribution,
+        "domain_difference.csv": difference,
+        "domain_distance.csv": distance,
+        "domain_summary.csv": summary,
+    }
+
+
+def _preferred(difference: float, threshold: float, first: str, second: str) -> str:
+    return first if difference > threshold else second if difference < -threshold else ""
+
+
+def _token_tables(sample: Sample, settings: Settings, columns: np.ndarray, path_ids: np.ndarray) -> dict[str, dict]:
+    """token_identity (by layer) and token_routing (by token); without rows where tokens are unknown."""
+    identity: dict = {"layer": [], "same_token": [], "any_tokens": []}
+    names = ("token_id", "token", "count", "agreement", "paths", "common_path_percent", "nearest", "nearest_agreement")
+    routing: dict = {name: [] for name in names}
+    files = {"token_identity.csv": identity, "token_routing.csv": routing}
+    known = sample.tokens >= 0
+    if not known.any():
+        return files
+    everything = bool(known.all())
+    tokens = sample.tokens if everything else sample.tokens[known]
+    occurrences = np.bincount(tokens, minlength=len(sample.token_names))
+    listed = np.argsort(-occurrences, kind="stable")[: min(settings.top_tokens, np.count_nonzero(occurrences))]
+    same, anything, by_token, profiles = measures.token_agreement(
+        columns if everything else columns[:, known], sample.num_experts, tokens, len(occurrences), listed
+    )
+    identity |= {"layer": list(sample.layers), "same_token": same, "any_tokens": anything}
+    # occurrences of (token, path), sorted by token
+    num_paths = int(path_ids.max()) + 1
+    pairs, together = np.unique(tokens.astype(np.int64) * num_paths + path_ids[known], return_counts=True)
+    starts = np.flatnonzero(np.concatenate(([True], np.diff(pairs // num_paths) > 0)))
+    present = pairs[starts] // num_paths
+    distinct, commonest = np.zeros(len(occurrences), int), np.zeros(len(occurrences), int)
+    distinct[present] = np.diff(np.append(starts, len(pairs)))
+    commonest[present] = np.maximum.reduceat(together, starts)
+    # agreement of an occurrence of one token with an occurrence of another, mean over layers
+    flat = profiles.reshape(len(listed), -1)
+    agreement = flat @ flat.T / len(columns)
+    np.fill_diagonal(agreement, -1)
+    nearest = agreement.argmax(axis=1)
+    alone = len(listed) == 1
+    routing |= {
+        "token_id": sample.token_ids[listed],
+        "token": [sample.token_names[i] for i in listed],
+        "count": occurrences[listed],
+        "agreement": by_token[listed],
+        "paths": distinct[listed],
+        "common_path_percent": _percent(commonest[listed] / occurrences[listed]),
+        "nearest": [""] if alone else [sample.token_names[i] for i in listed[nearest]],
+        "nearest_agreement": [np.nan] if alone else agreement.max(axis=1),
+    }
+    return {"token_identity.csv": identity, "token_routing.csv": routing}
+
+
+def _position_tables(sample: Sample, columns: np.ndarray, unique: np.ndarray) -> dict[str, dict]:
+    """positions (by bucket of POSITION_BUCKETS) and positions_by_layer: each bucket against all other positions."""
+    buckets = np.searchsorted(POSITION_BUCKETS, sample.token_idx, side="right") - 1
+    size = len(POSITION_BUCKETS)
+    counts = measures.group_counts(columns, sample.num_experts, buckets, size)
+    distance = measures.js_distance(counts, counts.sum(axis=0) - counts)
+    sums, _, decisions = measures.group_gates(sample.experts, sample.gating_probs, buckets, size, 1.0)
+    tokens = np.bincount(buckets, minlength=size)
+    kept = np.flatnonzero(tokens)
+    stops = [*(first - 1 for first in POSITION_BUCKETS[1:]), None]
+    names = np.array(
+        [
+            f"{first}+" if stop is None else str(first) if stop == first else f"{first}-{stop}"
+            for first, stop in zip(POSITION_BUCKETS, stops, strict=True)
+        ],
+        dtype=object,
+    )
+    num_layers = len(columns)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        positions = {
+            "positions": names[kept],
+            "tokens": tokens[kept],
+            "unique_experts": np.bincount(buckets, weights=unique, minlength=size)[kept] / tokens[kept],
+            "mean_confidence": (sums.sum(axis=1) / decisions.sum(axis=1))[kept],
+            "mean_js_distance": distance[kept].mean(axis=1),
+        }
+        by_layer = {
+            "positions": np.repeat(names[kept], num_layers),
+            "layer": np.tile(np.array(sample.layers), len(kept)),
+            "tokens": np.repeat(tokens[kept], num_layers),
+            "mean_confidence": (sums / decisions)[kept].ravel(),
+            "js_distance": distance[kept].ravel(),
+            "top_expert": counts[kept].argmax(axis=-1).ravel(),
+            "top_percent": _percent(_shares(counts[kept]).max(axis=-1)),
+        }
+    return {"positions.csv": positions, "positions_by_layer.csv": by_layer}
+
+
+def _consecutive_table(sample: Sample, by_rank: np.ndarray) -> dict:
+    """consecutive_tokens: agreement of neighbouring tokens, beside that of two independent draws of a token."""
+    measured = measures.consecutive_agreement(
+        sample.experts, *measures.consecutive_pairs(sample.clusters, sample.token_idx)
+    )
+    chosen = by_rank.sum(axis=1) / len(sample.experts)  # share of journeys that have the expert among their K
+    return {
+        "layer": list(sample.layers),
+        "pairs": measured["pairs"],
+        "agreement": measured["agreement"],
+        "agreement_chance": (_shares(by_rank[:, 0]) ** 2).sum(axis=-1),
+        "overlap": measured["overlap"],
+        "overlap_chance": (chosen**2).sum(axis=-1) / by_rank.shape[1],
+    }
+
+
+def _examples(sample: Sample) -> dict[str, np.ndarray]:
+    """The first journeys of each domain, in order of appearance, for drawing single ones."""
+    rows = np.concatenate([np.flatnonzero(sample.domains == d)[:EXAMPLES] for d in range(len(sample.domain_names))])
+    return {
+        "layers": np.array(sample.layers),
+        "domain": np.array(sample.domain_names)[sample.domains[rows]],
+        "problem_id": sample.problem_ids[rows],
+        "token_idx": sample.token_idx[rows],
+        "token": np.array([sample.token_names[i] if i >= 0 else "" for i in sample.tokens[rows]]),
+        "experts": np.asarray(sample.experts[rows]),
+        "gating_probs": np.asarray(sample.gating_probs[rows]),
+    }
+
+
+def _findings(
+    sample: Sample,
+    settings: Settings,
+    by_rank: np.ndarray,
+    counts: np.ndarray,
+    reference: np.ndarray,
+    correlation: np.ndarray,
+    accuracy: np.ndarray,
+) -> dict:
+    """The small findings that the reference prints, with its rules (strict comparisons, first of equals)."""
+    layers, num_layers = sample.layers, len(sample.layers)
+    usage = 100 * _shares(by_rank[:, 0])
+    dominant = [
+        {"layer": layers[i], "expert": int(e), "percent": float(usage[i, e])}
+        for i, e in np.argwhere(usage > settings.dominant_percent)
+    ]
+    index = np.arange(num_layers)
+    apart = np.abs(index[:, None] - index)
+    adjacent = reference[index[:-1], index[1:]]  # forwards only
+    near = float(adjacent.mean()) if num_layers > 1 else None
+    far = float(reference[apart > 1].mean()) if num_layers > 2 else None
+    percent = 100 * accuracy
+    low = np.flatnonzero(percent < settings.low_accuracy_percent)
+    result = {
+        "tokens": len(sample.experts),
+        "problems": int(sample.clusters.max()) + 1,
+        "domains": list(sample.domain_names),
+        "layers": num_layers,
+        "experts": sample.num_experts,
+        "experts_per_token": sample.experts.shape[2],
+        "dominant_experts": {"above_percent": settings.dominant_percent, "experts": dominant},
+        "affinity": {
+            "adjacent": near,
+            "non_adjacent": far,
+            "adjacent_advantage_percent": 100 * (near - far) / far if far else None,
+        },
+        "hop_accuracy_percent": {
+            str(hop): float(percent[hop - 1]) for hop in (1, 5, num_layers - 1) if 0 < hop < num_layers
+        },
+        "low_accuracy": {
+            "below_percent": settings.low_accuracy_percent,
+            # the reference answers with the last hop where none is below
+            "hop": int(low[0]) + 1 if len(low) else num_layers - 1,
+            "reached": bool(len(low)),
+        },
+        "most_predictable": None,
+    }
+    if num_layers > 1:
+        best = int(adjacent.argmax())
+        matrix = measures.transition_probabilities(counts[best, best + 1])
+        result["most_predictable"] = {
+            "source_layer": layers[best],
+            "target_layer": layers[best + 1],
+            "affinity": float(adjacent[best]),
+            "transitions": matrix,
+            "strong": [
+                {"source_expert": int(a), "target_expert": int(b), "percent": float(100 * matrix[a, b])}
+                for a, b in np.argwhere(matrix > settings.strong_percent / 100)
+            ],
+        }
+    pairs = [(i, j) for i, j in np.argwhere(np.triu(apart > 1)) if np.isfinite(correlation[i, j])]
+    pairs.sort(key=lambda pair: -abs(correlation[pair]))
+    result["strongest_id_correlations"] = [
+        {"layer_a": layers[i], "layer_b": layers[j], "r": float(correlation[i, j])} for i, j in pairs[:5]
+    ]
+    result["id_correlation_note"] = CORRELATION_NOTE
+    return result
