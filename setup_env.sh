@@ -247,7 +247,8 @@ install_kernels() { # only with a GPU; where they cannot be had, sets `cause`
   if ! $dry_run; then
     torch_cuda=$("$python" -c 'import torch; print(torch.version.cuda or "")') || torch_cuda=""
     if [ "${nvcc_version%%.*}" != "${torch_cuda%%.*}" ]; then
-      cause="nvcc is ${nvcc_version:-unknown} but torch was built for CUDA ${torch_cuda:-none}; they must share the major version"
+      cause="nvcc is ${nvcc_version:-unknown} but torch was built for CUDA ${torch_cuda:-none};"
+      cause+=" they must share the major version"
       return 1
     fi
   fi
