@@ -50,7 +50,8 @@ PLAIN_NUMBERS = (
     r"arXiv[: ]\d{4}\.\d+",
     rf"\b(?:{_SETTINGS})[ -](?:{_NUMBER})(?:(?:, and |, to |, | and | to | or )(?:{_NUMBER}))*",
     r"\b95 %",
-    r"\b(?:RTX|Python|PCIe|Apache License|Mamba|WikiText|MIG) \d[\d.]*\b",
+    r"\b(?:RTX|PCIe|Apache License) \d[\d.]*\b",
+    r"\bPython 3\.\d+ to 3\.\d+\b",
     r"\b12 GB GPU\b",
     r"\b(?:4|8|16)(?:-bit| bits?)\b",
 )
