@@ -170,7 +170,9 @@ def stray_numbers(template: str) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Renders README.md and docs/results.md from the files in docs/results/.")
+    parser = argparse.ArgumentParser(
+        description="Renders README.md and docs/results.md from the files in docs/results/."
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page is out of date")
     check = parser.parse_args().check
     code = 0
