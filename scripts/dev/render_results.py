@@ -11,8 +11,8 @@ placeholder names a file of docs/results/, a row and a column, so that no number
     {{ entry("verdict.json", "numbers.p_value", ".3f") }}                               0.006
     {{ by_hand("9.3 %") }}                                                              9.3 % (measured by hand)
 
-A number that stands in the prose itself is an error, unless it is a name or a setting: PLAIN_NUMBERS says which ones
-need no mark, `setting("80 %")` marks the others.
+A number in the prose itself is an error, unless it is a name or a setting: PLAIN_NUMBERS lists what needs no mark,
+`setting("80 %")` marks the rest.
 """
 
 import argparse
@@ -64,7 +64,7 @@ class RenderError(ValueError):
 @cache
 def read_table(name: str) -> list[dict[str, str]]:
     """The rows of a CSV file of docs/results/ as text, column name -> cell. Raises RenderError where it is missing."""
-    if not (RESULTS / name).is_file():
+    if not exists(name):
         raise RenderError(f"docs/results/{name} does not exist")
     with open(RESULTS / name, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -118,7 +118,7 @@ def interval(table: str, low: str, high: str, spec: str, **where) -> str:
 
 def entry(name: str, path: str, spec: str | None = None):
     """An entry of a JSON file by its path ("numbers.ci_low"; lists by index), formatted where `spec` is given."""
-    if not (RESULTS / name).is_file():
+    if not exists(name):
         raise RenderError(f"docs/results/{name} does not exist")
     found = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     for key in path.split("."):
@@ -170,9 +170,7 @@ def stray_numbers(template: str) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Renders README.md and docs/results.md from the files in docs/results/."
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page is out of date")
     check = parser.parse_args().check
     code = 0

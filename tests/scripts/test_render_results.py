@@ -1,4 +1,4 @@
-"""README.md and docs/: rendered from their files, no number of their own, links that lead somewhere, columns explained."""
+"""README.md and docs/: rendered from their files, no numbers of their own, links that lead somewhere, all columns."""
 
 import csv
 import fnmatch
@@ -52,7 +52,7 @@ def test_template_states_no_result_of_its_own(template):
 
 
 def test_a_number_typed_into_prose_is_found():
-    prose = "Routing costs 0.161 nats at share 0.5, on Mamba-2 and GSM8K (2025), by `x = 3`, {{ value(1) }}, 95 % intervals."
+    prose = "It costs 0.161 nats at share 0.5, on Mamba-2 and GSM8K (2025), by `x = 3`, {{ value(1) }}, 95 % intervals."
     (found,) = render_results.stray_numbers(prose)
     assert "0.161" in found
     for typed in ("It is +0.031 more.", "Half of them gain 38.5 %.", "See 28,343 tokens", "rho -0.04 to 0.06"):
