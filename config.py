@@ -3,6 +3,9 @@
 Every script shows its settings as flags (`--help`); a flag beats this file. Four environment variables beat it too, so
 that scripts, notebooks and scripts/run_all.sh agree: BLOCKFFN_MODEL, BLOCKFFN_JOURNEY_MODEL, BLOCKFFN_OUTPUT_DIR,
 BLOCKFFN_QUICK.
+
+What suits one model does not suit another. A setting such as {"tiny": 1024, "any": 512} has a value for each profile;
+which profile a model has, PROFILES says, and a model that is not there takes "any". A plain number counts for all.
 """
 
 import os
@@ -14,7 +17,8 @@ _ROOT = Path(__file__).resolve().parent
 # --- Model ---------------------------------------------------------------------------------------------------------
 # `blockffn-tiny` (ships in assets/), a folder, or a hub name. On a 12 GB GPU: "SparseLLM/BlockFFN-3B-SFT".
 MODEL_NAME = os.environ.get("BLOCKFFN_MODEL") or "blockffn-tiny"
-_TINY = MODEL_NAME == "blockffn-tiny"
+# The profile of a model; the settings below have values for each.
+PROFILES = {"blockffn-tiny": "tiny", "mixtral-tiny": "tiny", "SparseLLM/BlockFFN-3B-SFT": "3b"}
 # Where hub downloads are kept, one folder for all models (the 3B takes about 6 GB).
 MODEL_CACHE_DIR = _ROOT / "cache"
 # "auto" (cuda where there is one, else cpu), "cpu", "cuda", "cuda:1" ...
@@ -41,8 +45,12 @@ MAMBA_INIT = "random"
 ALPHA_SWEEP = [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
 # Layers that get a sidecar: "all", "middle" (L//3 .. 2L//3-1), "first_half", "last_half", or a list of indices.
 TARGET_LAYERS = "middle"
-# For your own attach_mamba_sidecar calls: "fixed", "routing" or "learned". The scripts compare all modes regardless.
-GATE_MODE = "routing"
+# Layers that get a stage A sidecar, which is what 06 replaces one by one.
+STAGE_A_LAYERS = "all"
+# Stage of the sidecars that 05 and 07 to 10 take: "a", "b", or "auto": b where all layers have it.
+SIDECAR_STAGE = "auto"
+# How many of the safest layers 06 replaces together.
+LAYERS_TOGETHER = [2, 4, 6, 8]
 # Which router a routing gate reads: "previous" (layer l-1's) or "lookahead" (layer l's on the layer's normed input).
 GATE_SIGNAL = "previous"
 # Sparsity (0-1) from which an uncalibrated hard routing gate sends a token to Mamba.
@@ -54,11 +62,11 @@ GATE_TEMPERATURES = [0.03, 0.1, 0.3]
 # Mean Mamba shares (0-1) at which 07 compares the gates.
 GATE_SHARES = [0.25, 0.5, 0.75]
 
-# Controls that 07 matches to hard routing at VERDICT_SHARE; at the other shares it is the random one alone. `--full`
-# takes all there are (src/controls.py), the oracle and the probes, at every share.
+# Controls that 07 matches to hard routing at VERDICT_SHARE; at the other shares it is the random one alone. 08 takes
+# all there are (src/gating/controls.py), the oracle and the probes, at every share.
 GATE_CONTROLS = ["random", "token_shuffled", "block_shuffled"]
 
-# --- The rule: by what 07 answers, stated before the numbers (src/verdict.py has it in words) -------------------------
+# --- The rule: by what 07 answers, stated before the numbers (src/gating/rule.py has it in words) -------------------
 VERDICT_SHARE = 0.5  # of tokens on Mamba
 VERDICT_SIGNAL = "previous"  # of the routing gate
 VERDICT_LAYERS = "middle"
@@ -75,39 +83,49 @@ VERDICT_DETECTABLE = 0.25
 # KL(teacher || hybrid) under random masks.
 # The 3B on 12 GB: stage A one layer at a time (DISTILL_BATCH_SIZE 2, DISTILL_SEQ_LEN 512), stage B optional.
 DISTILL_SEQ_LEN = 512  # tokens per training sequence
-DISTILL_BATCH_SIZE = 8 if _TINY else 2  # sequences per step
-DISTILL_STEPS_A = 200 if _TINY else 1000  # optimiser steps per layer
-DISTILL_STEPS_B = 500 if _TINY else 0  # optimiser steps for all target layers together; 0 leaves stage B out
-DISTILL_LR_A = 2e-3 if _TINY else 5e-4  # AdamW's peak learning rate
-DISTILL_LR_B = 1e-3 if _TINY else 1e-4
+DISTILL_BATCH_SIZE = {"tiny": 8, "any": 2}  # sequences per step
+DISTILL_STEPS_A = {"tiny": 200, "any": 1000}  # optimiser steps per layer
+DISTILL_STEPS_B = {"tiny": 500, "any": 0}  # optimiser steps for all target layers together; 0 leaves stage B out
+DISTILL_STEPS_GATE = {"tiny": 250, "any": 0}  # optimiser steps of the learned gate; 0 leaves it out
+DISTILL_LR_A = {"tiny": 2e-3, "any": 5e-4}  # AdamW's peak learning rate
+DISTILL_LR_B = {"tiny": 1e-3, "any": 1e-4}
+DISTILL_LR_GATE = 5e-3
+LEARNED_GATE_SHARE = 0.5  # mean Mamba share that the learned gate is trained for
+DISTILL_ONE_LAYER_AT_A_TIME = "auto"  # stage A in little memory: "yes", "no", or "auto": from 1 B parameters on
+DISTILL_BF16 = "auto"  # a frozen float32 model in bfloat16 while sidecars train: "yes", "no", or "auto": where fast
 DISTILL_WARMUP = 0.05  # share of the steps over which the learning rate rises
 DISTILL_WEIGHT_DECAY = 0.01
 DISTILL_TRAIN_WINDOWS = 2048  # training sequences in the pool that steps draw from
 DISTILL_VALIDATION_WINDOWS = 16  # sequences behind the validation curve
+RECOVERY_SAMPLES = 16  # calibration documents on which 04 measures what the sidecars win back
 
 # --- Text and evaluation -------------------------------------------------------------------------------------------
 # "mixed" (docs + code + math + story), one of these, "wikitext" (needs the hub), or a .txt/.jsonl file.
 EVAL_DATASET = "mixed"
-# Documents that 05 and 07 score; "mixed" takes its domains in turn.
+# Documents that 03, 05 and 07 to 10 read; "mixed" takes its domains in turn.
 MAX_EVAL_SAMPLES = 64
 # Tokens kept of one document (its beginning).
-MAX_EVAL_DOCUMENT_TOKENS = 768 if _TINY else 512
+MAX_EVAL_DOCUMENT_TOKENS = {"tiny": 768, "any": 512}
+# Documents on which 01 measures the model's sparsity.
+SPARSITY_SAMPLES = 8
 # Documents that 06 scores (it scores them once for every layer).
 LAYER_EVAL_SAMPLES = 24
 # Documents that gates are calibrated on (disjoint from those that are scored).
 CALIBRATION_SAMPLES = 24
 # Tokens a scoring window holds.
-MAX_SEQ_LEN = 1024 if _TINY else 512
+MAX_SEQ_LEN = {"tiny": 1024, "any": 512}
 # Tokens between the starts of scoring windows; the rest of a window is context. MAX_SEQ_LEN = no overlap.
-EVAL_STRIDE = 512 if _TINY else 256
+EVAL_STRIDE = {"tiny": 512, "any": 256}
 # Windows per forward pass.
-EVAL_BATCH_SIZE = 4 if _TINY else 1
+EVAL_BATCH_SIZE = {"tiny": 4, "any": 1}
 # Tokens generated for each prompt.
 MAX_NEW_TOKENS = 40
 # Level of every interval: 0.95 gives 95 % intervals.
 CONFIDENCE_LEVEL = 0.95
 # Bootstrap resamples (of documents) behind every interval.
 BOOTSTRAP_RESAMPLES = 10_000
+# Resamples behind the intervals of 03's rank correlations.
+RANK_RESAMPLES = 200
 # Prompts of 03, and of the generations in 05 and 07.
 # No dollar signs: plots print them, and matplotlib reads those as maths.
 TEST_PROMPTS = [
@@ -121,7 +139,7 @@ TEST_PROMPTS = [
     "Alice gave the red book to Bob. Bob gave the red book to Carol. Now the red book belongs to",
 ]
 
-# --- 07 --full ------------------------------------------------------------------------------------------------------
+# --- What explains the answer (08 to 10) ----------------------------------------------------------------------------
 SENSITIVITY_SAMPLES = 16  # label sequences drawn from the model behind every estimate
 SENSITIVITY_VALIDATION_DOCUMENTS = 12  # of the calibration text, on which estimates meet interventions
 SENSITIVITY_INTERVENTIONS = 600  # single cells switched to Mamba and measured
@@ -138,15 +156,43 @@ ABLATION_STEPS_B = 80  # of stage B
 SEED = 0  # everything that draws: data order, initialisation, bootstrap, tie-breaking of hard gates
 RANDOM_GATE_SEEDS = [0]  # masks of controls drawn at random, for each set of sidecars, at VERDICT_SHARE
 
-# --- --quick: the same path through every script, on less -----------------------------------------------------------
-QUICK_EVAL_SAMPLES = 8  # documents scored, and calibrated on
-QUICK_DISTILL_STEPS = 20  # optimiser steps per stage where a quick run trains at all
-QUICK_MAX_NEW_TOKENS = 8  # tokens generated for each prompt
-QUICK_PROMPTS = 2  # prompts that are generated from
-
 # --- Results -------------------------------------------------------------------------------------------------------
 # True under `run_all.sh --quick`: fewer documents and steps, results in a folder of their own.
 QUICK = os.environ.get("BLOCKFFN_QUICK", "0") not in ("", "0")
+# What --quick takes in place of the settings of these names: the same path through every script, on less.
+QUICK_SETTINGS = {
+    "ALPHA_SWEEP": [0.0, 0.3, 1.0],
+    "LAYERS_TOGETHER": [2, 4],
+    "GATE_SHARES": [0.5],
+    "GATE_TEMPERATURES": [0.03],
+    "RANDOM_GATE_SEEDS": [0],
+    "DISTILL_SEQ_LEN": 128,
+    "DISTILL_STEPS_A": 20,
+    "DISTILL_STEPS_B": {"tiny": 20, "any": 0},
+    "DISTILL_STEPS_GATE": {"tiny": 10, "any": 0},
+    "DISTILL_TRAIN_WINDOWS": 64,
+    "DISTILL_VALIDATION_WINDOWS": 4,
+    "RECOVERY_SAMPLES": 4,
+    "MAX_EVAL_SAMPLES": 8,
+    "MAX_EVAL_DOCUMENT_TOKENS": 192,
+    "SPARSITY_SAMPLES": 2,
+    "LAYER_EVAL_SAMPLES": 8,
+    "CALIBRATION_SAMPLES": 8,
+    "MAX_NEW_TOKENS": 8,
+    "TEST_PROMPTS": TEST_PROMPTS[:2],
+    "BOOTSTRAP_RESAMPLES": 1000,
+    "RANK_RESAMPLES": 50,
+    "JOURNEY_PROBLEMS": 12,
+    "JOURNEY_PERMUTATIONS": 200,
+    "JOURNEY_RESAMPLES": 200,
+    "JOURNEY_HIDDEN_PROBLEMS": 12,
+    "PREDICT_TRAIN_ROWS": 20_000,
+    "PREDICT_EPOCHS": 3,
+    "PREDICT_PROBE_EPOCHS": 3,
+    "PREDICT_XGBOOST_VALUES": 100_000,
+    "PREDICT_XGBOOST_ROUNDS": 10,
+    "CACHE_TOKENS": 200,
+}
 # Root of all results; a relative BLOCKFFN_OUTPUT_DIR is relative to this file.
 OUTPUT_DIR = _ROOT / (os.environ.get("BLOCKFFN_OUTPUT_DIR") or "outputs")
 
@@ -167,16 +213,19 @@ LAYER_REPLACEMENT_PATH = MODEL_OUTPUT_DIR / "layer_replacement_results.csv"
 GATED_HYBRID_RESULTS_PATH = MODEL_OUTPUT_DIR / "gated_hybrid_results.csv"
 VERDICT_PATH = MODEL_OUTPUT_DIR / "verdict.json"
 
-# --- Journeys (08-10) ----------------------------------------------------------------------------------------------
+# --- Journeys (scripts/journeys/) -----------------------------------------------------------------------------------
 # The model whose routing is studied: `mixtral-tiny` (ships in assets/), `blockffn-tiny`, or the folder or hub name of
 # any mixture of experts.
 JOURNEY_MODEL = os.environ.get("BLOCKFFN_JOURNEY_MODEL") or "mixtral-tiny"
-# Data sets that 08 collects; domains are compared in this order.
+# Data sets that are collected; domains are compared in this order.
 JOURNEY_DATASETS = ["humaneval", "gsm8k"]
 JOURNEY_PROBLEMS = 200  # problems of each data set (HumanEval has 164)
 JOURNEY_MAX_TOKENS = 512  # prompt tokens kept of a problem (its beginning)
 JOURNEY_GENERATE = 0  # tokens generated after each prompt, whose journeys are kept too
-QUICK_JOURNEY_PROBLEMS = 12  # problems of each data set under --quick
+JOURNEY_BATCH_PROBLEMS = 8  # problems in one forward pass
+JOURNEY_SHARD_PROBLEMS = 16  # problems in one file, which is what an interruption can cost
+JOURNEY_ENGINE = "transformers"  # what runs the model: "transformers" or "vllm"
+JOURNEY_HIDDEN_DTYPE = "auto"  # of router inputs: "float16", "float32", or "auto": float32 for float32 models
 JOURNEY_FOLDS = 5  # parts that problems are split into for out-of-sample accuracy
 JOURNEY_PERMUTATIONS = 1000  # divisions of the problems behind the p-values of domain differences
 JOURNEY_RESAMPLES = 1000  # bootstrap resamples (of problems) behind the intervals of out-of-sample accuracy
@@ -184,17 +233,20 @@ JOURNEY_HIGH_CONFIDENCE = 0.8  # strongest gate probability above which a decisi
 JOURNEY_DOMINANT_PERCENT = 20.0  # share of a layer's tokens above which an expert is listed
 JOURNEY_STRONG_PERCENT = 30.0  # probability above which a transition is listed
 JOURNEY_LOW_ACCURACY_PERCENT = 15.0  # accuracy under which looking further ahead counts as lost
+JOURNEY_TOP_PATHS = 10  # paths listed of each length
+JOURNEY_TOP_TOKENS = 200  # tokens listed
 JOURNEY_DOMAIN_PERCENT = 5.0  # percentage points of usage above which an expert is specific to a domain
-# Problems of each data set whose router inputs run_all.sh has 08 keep (--save-hidden) for 10's hidden-state predictors;
-# about 16 kB a token on mixtral-tiny.
-JOURNEY_HIDDEN_PROBLEMS = 12 if QUICK else 60
-# Layers ahead (h) that 10 predicts experts for.
+# Problems of each data set whose router inputs run_all.sh has journeys/01_collect keep (--hidden-problems) for the
+# predictors that read them; about 16 kB a token on mixtral-tiny.
+JOURNEY_HIDDEN_PROBLEMS = 60
+# Layers ahead (h) that journeys/03_predict predicts experts for.
 PREDICT_HOPS = [1]
 PREDICT_SEEDS = 1  # runs of each predictor, from SEED on; results are means over them
-# Predictors that 10 runs again under the leaky split by row.
+PREDICT_SPLIT = "both"  # "problems" (honest), "rows" (all predictors leaky too), or "both" (those of the next setting)
+# Predictors that are fitted again on the leaky split by row.
 PREDICT_ROW_PREDICTORS = ["mlp", "mlp_tuned"]
 # Cells (journey x layer; 50,000 journeys of 32 layers have 1.55 M at h = 1) that the trained predictors see, so that
-# 10's default run takes five minutes on 2 cores. Predictors that count use all.
+# the default run takes five minutes on 2 cores. Predictors that count use all.
 PREDICT_TRAIN_ROWS = 150_000  # of one epoch of a network, drawn anew for each
 PREDICT_EPOCHS = 8  # of a network on journeys, at most
 PREDICT_PROBE_EPOCHS = 12  # of a probe of router inputs, at most; each sees all its journeys
@@ -202,7 +254,6 @@ PREDICT_PATIENCE = 3  # epochs without a better validation loss until training s
 PREDICT_VALIDATION_ROWS = 30_000  # cells that choices are made on
 PREDICT_XGBOOST_VALUES = 1_600_000  # cells x experts: XGBoost grows one tree for each expert and round
 PREDICT_XGBOOST_ROUNDS = 150  # at most
-PREDICT_TUNE_TRIALS = 20  # networks that --tune tries
 # Shapes and training of the networks; see predictors.Network. `mlp` has the widths of the published study's first one.
 PREDICT_MLP = {
     "widths": [256, 128, 64],
@@ -230,19 +281,14 @@ PREDICT_MLP_PROBE = {
     "weight_decay": 0.1,
     "batch_rows": 512,
 }
-# Under --quick: the same predictors on less.
-QUICK_PREDICT_TRAIN_ROWS = 20_000
-QUICK_PREDICT_EPOCHS = 3
-QUICK_PREDICT_XGBOOST_VALUES = 100_000
-QUICK_PREDICT_XGBOOST_ROUNDS = 10
-QUICK_CACHE_TOKENS = 200
-# The simulated cache: Mixtral-8x7B in 4 bits on an RTX 3060 behind PCIe 4 x16 (theory; see expert_cache.py).
+# The simulated cache: Mixtral-8x7B in 4 bits on an RTX 3060 behind PCIe 4 x16 (theory; src/journeys/expert_cache.py).
 CACHE_TOKENS = 2000  # tokens of test problems that are simulated, the first ones
 CACHE_BANDWIDTHS_GB_S = [25.0, 12.5, 6.0, 50.0]  # of the link; the first (PCIe 4 x16 as used) is the one in tables
+CACHE_MODEL = "mixtral-8x7b"  # whose shapes: these, or "own": the collected model's
 CACHE_BITS_PER_WEIGHT = 4.5  # 4-bit weights and a 16-bit scale for each group of 32
 CACHE_MEMORY_GB_S = 360.0  # of the GPU's own memory: computing at batch 1 is as slow as reading the weights
 CACHE_EXPERT_WIDTHS = (4096, 14336)  # of the three matrices of an expert
 # Weights that a layer reads for a token: attention, router, two experts.
 CACHE_LAYER_WEIGHTS = 4096 * (4096 + 1024 + 1024 + 4096) + 4096 * 8 + 2 * 3 * 4096 * 14336
-# The journeys, and what 09 makes of them: the same rule as above.
+# The journeys and what is made of them: the same rule as above.
 JOURNEYS_DIR = OUTPUT_DIR / (_slug(JOURNEY_MODEL) + ("-quick" if QUICK else "")) / "journeys"

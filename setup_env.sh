@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the Python environment of this repository and says what is in it. Safe to call again: it does nothing when
-# requirements.txt, Python and the GPU are those of the last call.
+# the requirements, Python and the GPU are those of the last call.
 #
 #   ./setup_env.sh                  conda environment `blockffn-mamba` where conda is on the PATH, else .venv
 #   ./setup_env.sh --dry-run        say what would be done, change nothing
@@ -20,11 +20,15 @@ readonly CUDA12_INDEX=https://download.pytorch.org/whl/cu126
 readonly CUDA13_DRIVER=580
 readonly CUDA12_DRIVER=525
 readonly KERNELS=(causal-conv1d==1.6.2.post1 mamba-ssm==2.3.0)
-readonly STAMP_NAME=.blockffn-mamba-setup
 
-dry_run=false
-force=false
-print_python=false
+say() { echo "setup_env: $*"; }
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+dry_run=false force=false print_python=false
 for argument in "$@"; do
   case "$argument" in
     --dry-run) dry_run=true ;;
@@ -34,38 +38,17 @@ for argument in "$@"; do
       sed -n '2,12s/^# \{0,1\}//p' setup_env.sh
       exit 0
       ;;
-    *)
-      echo "error: unknown argument $argument (see ./setup_env.sh --help)" >&2
-      exit 2
-      ;;
+    *) die "unknown argument $argument (see ./setup_env.sh --help)" ;;
   esac
 done
 
-say() { echo "setup_env: $*"; }
-
-die() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-run() {
-  if $dry_run; then
-    echo "would run: $*"
-  else
-    "$@"
-  fi
-}
+run() { if $dry_run; then echo "would run: $*"; else "$@"; fi; }
 
 # --- the environment ----------------------------------------------------------------------------------------------
 
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 
-supported() {
-  case "$1" in
-    3.11 | 3.12 | 3.13) return 0 ;;
-    *) return 1 ;;
-  esac
-}
+supported() { [[ $1 =~ ^3\.1[123]$ ]]; }
 
 find_python() { # prints the first interpreter that the pins support and that can make environments
   local candidate version found="" no_venv=""
@@ -90,9 +73,7 @@ find_python() { # prints the first interpreter that the pins support and that ca
 
 # A .venv that is there already stays in use, so that installing conda later does not start a second environment.
 use_conda=false
-if [ ! -x .venv/bin/python ] && command -v conda >/dev/null 2>&1; then
-  use_conda=true
-fi
+if [ ! -x .venv/bin/python ] && command -v conda >/dev/null 2>&1; then use_conda=true; fi
 
 env_python() { # prints the environment's interpreter; fails when there is no environment
   if $use_conda; then
@@ -102,35 +83,28 @@ env_python() { # prints the environment's interpreter; fails when there is no en
   fi
 }
 
-has_gpu() { # sets gpu_name, gpu_driver, gpu_memory
-  local smi=nvidia-smi line
-  command -v "$smi" >/dev/null 2>&1 || smi=/usr/lib/wsl/lib/nvidia-smi # WSL2 keeps it off some PATHs
-  command -v "$smi" >/dev/null 2>&1 || return 1
-  if ! line=$("$smi" --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null) ||
-    [ -z "$line" ]; then
-    gpu_broken=true
-    return 1
+card="" no_card=false # the first card's name, memory and driver; whether nvidia-smi is there but finds none
+for smi in nvidia-smi /usr/lib/wsl/lib/nvidia-smi; do # WSL2 keeps it off some PATHs
+  if [ -z "$card" ] && command -v "$smi" >/dev/null 2>&1; then
+    card=$("$smi" --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>/dev/null) || card=""
+    if [ -z "$card" ]; then no_card=true; fi
   fi
-  IFS=, read -r gpu_name gpu_driver gpu_memory <<<"$line" # the first of several cards
-  gpu_driver=${gpu_driver# }
-  gpu_memory=${gpu_memory# }
-}
+done
+card=${card%%$'\n'*} gpu=false
+if [ -n "$card" ]; then gpu=true; fi
 
-gpu=false gpu_name="" gpu_driver="" gpu_memory="" gpu_broken=false
-if has_gpu; then gpu=true; fi
-
-stamp_path() { "$1" -c 'import sys; print(sys.prefix)' | sed "s|\$|/$STAMP_NAME|"; }
+stamp_path() { echo "${1%/bin/*}/.blockffn-mamba-setup"; }
 
 stamp_text() { # what an installation depends on: the pins, the interpreter, whether there is a GPU
   "$1" -c '
 import hashlib, platform, sys
-pins = hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest()
-print("requirements", pins, "python", platform.python_version(), "gpu", sys.argv[1])' "$gpu"
+pins = b"".join(open(name, "rb").read() for name in ("requirements.txt", "requirements-no-deps.txt"))
+print("requirements", hashlib.sha256(pins).hexdigest(), "python", platform.python_version(), "gpu", sys.argv[1])' "$gpu"
 }
 
 complete() { # whether the environment of interpreter $1 was finished for these pins
-  local stamp
-  stamp=$(stamp_path "$1") && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(stamp_text "$1")" ]
+  local text
+  text=$(stamp_text "$1") && [ "$(cat "$(stamp_path "$1")" 2>/dev/null)" = "$text" ]
 }
 
 if $print_python; then
@@ -152,75 +126,97 @@ fi
 memory_gib=$((memory_bytes / 1024 / 1024 / 1024))
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
-case "$(uname -r)" in
-  *[Mm]icrosoft*)
-    if [ "$memory_gib" -gt 0 ] && [ "$memory_gib" -lt 15 ]; then
-      say "WSL2 has $memory_gib GiB here: it takes half of the computer's memory unless told otherwise. For the 3B model put"
-      say "  [wsl2]"
-      say "  memory=16GB"
-      say "  into C:\\Users\\<you>\\.wslconfig (leave Windows 4 GB) and run 'wsl --shutdown' in PowerShell."
-    fi
-    ;;
-esac
+if [[ $(uname -r) == *[Mm]icrosoft* ]] && [ "$memory_gib" -gt 0 ] && [ "$memory_gib" -lt 15 ]; then
+  say "WSL2 has $memory_gib GiB here: it takes half of the computer's memory unless told otherwise. For the 3B model" \
+    "put [wsl2] and, on the next line, memory=16GB into C:\\Users\\<you>\\.wslconfig (leave Windows 4 GB) and run" \
+    "'wsl --shutdown' in PowerShell."
+fi
 
 torch_index=${TORCH_INDEX_URL:-}
 if $gpu; then
-  driver_major=${gpu_driver%%.*}
-  say "NVIDIA GPU: $gpu_name, $gpu_memory, driver $gpu_driver"
-  case "$driver_major" in
-    '' | *[!0-9]*) say "the driver's version is not a number; going on as if it were new enough" ;;
-    *)
-      if [ "$driver_major" -lt "$CUDA12_DRIVER" ]; then
-        say "driver $gpu_driver is too old for this torch, which will run on the CPU: install driver $CUDA13_DRIVER or newer"
-        say "(under WSL2: on Windows, never inside Linux), then ./setup_env.sh --force"
-      elif [ "$driver_major" -lt "$CUDA13_DRIVER" ]; then
-        say "driver $gpu_driver is older than $CUDA13_DRIVER (CUDA 13): taking torch for CUDA 12.6"
-        torch_index=${torch_index:-$CUDA12_INDEX}
-      fi
-      ;;
-  esac
-elif $gpu_broken; then
+  driver=${card##*, }
+  driver_major=${driver%%.*}
+  say "NVIDIA GPU: ${card%, *}, driver $driver"
+  if [[ ! $driver_major =~ ^[0-9]+$ ]]; then
+    say "the driver's version is not a number; going on as if it were new enough"
+  elif [ "$driver_major" -lt "$CUDA12_DRIVER" ]; then
+    say "driver $driver is too old for this torch, which will run on the CPU: install driver $CUDA13_DRIVER or newer"
+    say "(under WSL2: on Windows, never inside Linux), then ./setup_env.sh --force"
+  elif [ "$driver_major" -lt "$CUDA13_DRIVER" ]; then
+    say "driver $driver is older than $CUDA13_DRIVER (CUDA 13): taking torch for CUDA 12.6"
+    torch_index=${torch_index:-$CUDA12_INDEX}
+  fi
+elif $no_card; then
   say "nvidia-smi is there but finds no GPU: check the driver (under WSL2 it belongs on Windows, never inside Linux)." \
     "Going on without a GPU; ./setup_env.sh --force when it works."
 fi
 
 # --- install ------------------------------------------------------------------------------------------------------
 
-if $use_conda; then
-  python=$(env_python) || python=""
-  if [ -n "$python" ] && ! supported "$(version_of "$python")"; then
-    die "the conda environment $ENV_NAME has Python $(version_of "$python"); this needs 3.11 to 3.13." \
-      "Remove it (conda env remove -n $ENV_NAME) and call again"
-  fi
-  if [ -z "$python" ]; then
-    say "making the conda environment $ENV_NAME"
-    # conda-forge alone: Anaconda's default channels ask for their terms to be accepted first.
-    run conda create -y -q -n "$ENV_NAME" --override-channels -c conda-forge python=3.12 pip ||
-      die "conda could not make the environment $ENV_NAME: see its message above, then call again"
-    python=$(env_python) || python=""
-  fi
+remove="rm -r .venv"
+if $use_conda; then remove="conda env remove -n $ENV_NAME"; fi
+python=$(env_python) || python=""
+if [ -n "$python" ]; then
+  version=$(version_of "$python") || version="that does not start"
+  supported "$version" ||
+    die "the environment has a Python $version; this needs 3.11 to 3.13. Remove it ($remove) and call again"
+elif $use_conda; then
+  say "making the conda environment $ENV_NAME"
+  # conda-forge alone: Anaconda's default channels ask for their terms to be accepted first.
+  run conda create -y -q -n "$ENV_NAME" --override-channels -c conda-forge python=3.12 pip ||
+    die "conda could not make the environment $ENV_NAME: see its message above, then call again"
 else
-  if [ -x .venv/bin/python ] && ! supported "$(version_of .venv/bin/python)"; then
-    die ".venv has Python $(version_of .venv/bin/python || echo '(broken)'); this needs 3.11 to 3.13. Remove .venv and call again"
-  fi
-  if [ ! -x .venv/bin/python ]; then
-    base=$(find_python)
-    say "making .venv with $("$base" --version 2>&1) ($base)"
-    run "$base" -m venv .venv
-  fi
-  python=$(env_python) || python=""
+  base=$(find_python)
+  say "making .venv with $("$base" --version 2>&1) ($base)"
+  run "$base" -m venv .venv || die "Python could not make .venv: see its message above, then $remove and call again"
 fi
+python=$(env_python) || python=""
 if [ -z "$python" ]; then
   $dry_run || die "the environment was made but its Python cannot be found"
   python=python # the environment that a dry run did not make
 fi
 
-reachable() { # whether $1 answers within 5 seconds
-  if command -v curl >/dev/null 2>&1; then
-    curl --silent --fail --head --location --max-time 5 --output /dev/null "$1" 2>/dev/null
-  else
-    "$python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' "$1" 2>/dev/null
+explain() { # sets `cause` to why pip ended with exit code $1, as its messages $2 tell
+  local what="a package" here
+  here="Python $(version_of "$python") on $system $(uname -m)"
+  if [[ $2 =~ (Failed building wheel|No matching distribution found)" for "([^[:space:]]+) ]]; then
+    what=${BASH_REMATCH[2]}
   fi
+  case "$1 $2" in
+    *"[Errno 28]"* | *"No space left on device"*)
+      cause="the disk is full. Free some space for this folder, pip's cache and ${TMPDIR:-/tmp}" ;;
+    "137 "*) cause="the system ended it (signal 9), as it does when memory runs out. Close other programs" ;;
+    *": No module named pip"*) cause="the environment has no pip. Remove it ($remove)" ;;
+    *"DO NOT MATCH THE HASHES"*)
+      cause="a downloaded file is not the one that its index names. Empty pip's cache ($python -m pip cache purge)" ;;
+    *"error: [Errno 2] No such file or directory: '"* | *"error: command '"*"failed: No such file"* | \
+      *"unable to execute '"* | *"Unknown compiler"* | *"No CMAKE_C"* | *"xcrun: error"*)
+      cause="$what has no wheel for $here and must be compiled, but there is no compiler. Install one"
+      cause+=" (Debian, Ubuntu: sudo apt install build-essential; macOS: xcode-select --install)" ;;
+    *"connection broken by"* | *"Max retries exceeded"* | *ReadTimeoutError* | *IncompleteRead* | *incomplete-download*)
+      cause="a package index could not be reached. Check the network and, behind a proxy, HTTPS_PROXY and PIP_CERT" ;;
+    *"Failed building wheel"* | *subprocess-exited-with-error*)
+      cause="$what has no wheel for $here, and building it failed; its messages are above" ;;
+    *"No matching distribution found"*) cause="no package index that answered has $what for $here" ;;
+    *) cause="exit code $1; its messages are above" ;;
+  esac
+}
+
+try_pip() { # try_pip COMMAND ARGUMENT...: runs pip and shows what it says; where it fails, sets `cause`
+  local messages code=0
+  if $dry_run; then
+    run "$python" -m pip "$@"
+    return 0
+  fi
+  # In a variable and not in a file: the disk may be full.
+  messages=$("$python" -m pip "$1" --quiet "${@:2}" 2>&1) || code=$?
+  if [ -n "$messages" ]; then printf '%s\n' "$messages" >&2; fi
+  [ "$code" -eq 0 ] || explain "$code" "$messages"
+  return "$code"
+}
+
+reachable() { # whether $1 answers within 5 seconds
+  "$python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' "$1" 2>/dev/null
 }
 
 install_torch() {
@@ -228,37 +224,32 @@ install_torch() {
   pin=$(grep '^torch==' requirements.txt)
   installed=$("$python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null) || installed=""
   # pip takes 2.13.0+cpu for 2.13.0 and would keep it: make room for the CUDA build, or for the index asked for.
-  case "$installed" in
-    "") ;;
-    *+cpu) if $gpu || { $force && [ -n "${TORCH_INDEX_URL:-}" ]; }; then run "$python" -m pip uninstall -q -y torch; fi ;;
-    *) if $force && [ -n "${TORCH_INDEX_URL:-}" ]; then run "$python" -m pip uninstall -q -y torch; fi ;;
-  esac
+  if { $gpu && [[ $installed == *+cpu ]]; } || { $force && [ -n "$installed" ] && [ -n "${TORCH_INDEX_URL:-}" ]; }; then
+    try_pip uninstall --yes torch || die "pip could not remove torch $installed: $cause"
+  fi
   if [ -z "$torch_index" ] && ! $gpu && [ "$system" = Linux ] && reachable "$CPU_INDEX/torch/"; then
     torch_index=$CPU_INDEX # the default wheel brings 3 GB of CUDA libraries that nothing here would use
   fi
   [ -n "$torch_index" ] || return 0 # requirements.txt brings torch from pip's own index
   say "torch from $torch_index"
   # An extra index, not the only one: torch's dependencies come from pip's own, and 2.13.0+cpu outranks 2.13.0.
-  run "$python" -m pip install --quiet --timeout 30 --retries 1 --extra-index-url "$torch_index" "$pin" && return 0
-  [ -z "${TORCH_INDEX_URL:-}" ] || die "no $pin at TORCH_INDEX_URL=$TORCH_INDEX_URL: check the address, or unset it"
+  try_pip install --timeout 30 --retries 1 --extra-index-url "$torch_index" "$pin" && return 0
+  [ -z "${TORCH_INDEX_URL:-}" ] || die "pip could not install $pin with TORCH_INDEX_URL=$TORCH_INDEX_URL: $cause"
 }
 
-explain_kernels() {
-  say "Mamba kernels: $1. Nothing is lost but speed: the sidecars run on PyTorch, with the same weights and results."
-}
-
-install_kernels() { # only with a GPU; never fatal
+install_kernels() { # only with a GPU; where they cannot be had, sets `cause`
   local nvcc_version torch_cuda jobs pin
   if ! command -v nvcc >/dev/null 2>&1; then
-    explain_kernels "no nvcc on the PATH. To have them, install the CUDA toolkit, then ./setup_env.sh --force"
-    return 0
+    cause="no nvcc on the PATH. To have them, install the CUDA toolkit, then ./setup_env.sh --force"
+    return 1
   fi
   nvcc_version=$(nvcc --version 2>/dev/null | sed -n 's/.*release \([0-9][0-9.]*\).*/\1/p') || nvcc_version=""
   if ! $dry_run; then
     torch_cuda=$("$python" -c 'import torch; print(torch.version.cuda or "")') || torch_cuda=""
     if [ "${nvcc_version%%.*}" != "${torch_cuda%%.*}" ]; then
-      explain_kernels "nvcc is ${nvcc_version:-unknown} but torch was built for CUDA ${torch_cuda:-none}; they must share the major version"
-      return 0
+      cause="nvcc is ${nvcc_version:-unknown} but torch was built for CUDA ${torch_cuda:-none};"
+      cause+=" they must share the major version"
+      return 1
     fi
   fi
   jobs=$((memory_gib / 4)) # one nvcc process takes up to 4 GiB
@@ -266,14 +257,12 @@ install_kernels() { # only with a GPU; never fatal
   if [ "$jobs" -lt 1 ]; then jobs=1; fi
   export MAX_JOBS=${MAX_JOBS:-$jobs}
   say "building the Mamba kernels with MAX_JOBS=$MAX_JOBS (10 to 30 minutes, once)"
-  if ! run "$python" -m pip install --quiet setuptools wheel packaging ninja; then
-    explain_kernels "their build tools could not be installed"
-    return 0
-  fi
+  try_pip install setuptools wheel packaging ninja || return 1
   for pin in "${KERNELS[@]}"; do
-    if ! run "$python" -m pip install --no-build-isolation --constraint requirements.txt "$pin"; then
-      explain_kernels "$pin could not be built (nvcc $nvcc_version, MAX_JOBS=$MAX_JOBS; see pip's message above). Out of memory: MAX_JOBS=1 ./setup_env.sh --force"
-      return 0
+    if ! try_pip install --no-build-isolation --constraint requirements.txt "$pin"; then
+      cause="pip could not build $pin (nvcc $nvcc_version, MAX_JOBS=$MAX_JOBS): $cause."
+      cause+=" Out of memory: MAX_JOBS=1 ./setup_env.sh --force"
+      return 1
     fi
   done
 }
@@ -283,14 +272,18 @@ if ! $force && [ "$python" != python ] && complete "$python"; then
 else
   say "installing requirements.txt (a few minutes)"
   install_torch
-  run "$python" -m pip install --quiet --requirement requirements.txt ||
-    die "pip could not install requirements.txt: see its message above (network? disk space?), then call again"
-  if $gpu; then
-    install_kernels
+  try_pip install --requirement requirements.txt ||
+    die "pip could not install requirements.txt: $cause. Then call again"
+  try_pip install --no-deps --requirement requirements-no-deps.txt ||
+    die "pip could not install requirements-no-deps.txt: $cause. Then call again"
+  # reasoning-gym imports all of its puzzles at once and one of them pycosat, which must be compiled. Nothing here uses
+  # that puzzle, so an empty module does; a real pycosat, being compiled, is found before it.
+  run "$python" -c 'import sysconfig; open(sysconfig.get_path("purelib") + "/pycosat.py", "w").close()'
+  if $gpu && ! install_kernels; then
+    say "Mamba kernels: $cause." \
+      "Nothing is lost but speed: the sidecars run on PyTorch, with the same weights and results."
   fi
-  if ! $dry_run; then
-    stamp_text "$python" >"$(stamp_path "$python")"
-  fi
+  if ! $dry_run; then stamp_text "$python" >"$(stamp_path "$python")"; fi
 fi
 
 # --- the table ----------------------------------------------------------------------------------------------------
@@ -300,7 +293,7 @@ if $dry_run; then
   exit 0
 fi
 "$python" - "$gpu" <<'PYTHON'
-import importlib.util
+import importlib
 import logging
 import platform
 import sys
@@ -310,49 +303,30 @@ import torch
 logging.disable(logging.WARNING)  # bitsandbytes names optional kernels that nothing here uses
 
 
-def bitsandbytes():
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return "not installed (8-bit loading is not available)"
+def version(*names):
+    """Version of the last of these modules; otherwise why one of them is not there or does not load."""
     try:
-        import bitsandbytes as bnb
-    except Exception as error:  # its import loads native libraries, and any of them may be missing
-        return f"does not load: {' '.join(str(error).split())[:60]}"
-    return f"{bnb.__version__} ({'CUDA' if torch.cuda.is_available() else 'CPU'})"
+        return [importlib.import_module(name) for name in names][-1].__version__
+    except Exception as error:  # native libraries may be missing, or compiled against another torch
+        return f"none ({' '.join(str(error).split())[:60]})"
 
 
-def kernels():
-    if not torch.cuda.is_available():
-        return "PyTorch"
-    try:
-        import causal_conv1d  # noqa: F401
-        import mamba_ssm
-    except Exception as error:  # compiled against another torch, or not built
-        return f"PyTorch ({' '.join(str(error).split())[:60]})"
-    return f"mamba-ssm {mamba_ssm.__version__}"
-
-
-if torch.cuda.is_available():
+cuda = torch.cuda.is_available()
+gpu = "none (CPU)"
+if cuda:
     card = torch.cuda.get_device_properties(0)
     gpu = f"{card.name}, {card.total_memory / 2**30:.1f} GiB"
 elif sys.argv[1] == "true":
     gpu = "present, but torch cannot use it (driver too old, or a CPU build of torch)"
-else:
-    gpu = "none (CPU)"
-rows = [
-    ("Python", f"{platform.python_version()}  {sys.executable}"),
-    ("torch", torch.__version__),
-    ("CUDA", torch.version.cuda or "none"),
-    ("GPU", gpu),
-    ("Mamba kernels", kernels()),
-    ("bitsandbytes", bitsandbytes()),
-]
-print()
-for name, value in rows:
-    print(f"  {name:<14} {value}")
+print(f"""
+  Python         {platform.python_version()}  {sys.executable}
+  torch          {torch.__version__}
+  CUDA           {torch.version.cuda or "none"}
+  GPU            {gpu}
+  mamba-ssm      {version("causal_conv1d", "mamba_ssm") if cuda else "none (PyTorch on the CPU)"}
+  bitsandbytes   {version("bitsandbytes")} (for 8-bit loading)
+""")
 PYTHON
-echo
-if $use_conda; then
-  echo "Activate it: conda activate $ENV_NAME        Run everything: bash scripts/run_all.sh"
-else
-  echo "Activate it: source .venv/bin/activate        Run everything: bash scripts/run_all.sh"
-fi
+activate="source .venv/bin/activate"
+if $use_conda; then activate="conda activate $ENV_NAME"; fi
+echo "Activate it: $activate        Run everything: bash scripts/run_all.sh"

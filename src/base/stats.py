@@ -116,6 +116,32 @@ def paired_p_value(sum_a, sum_b, count, resamples: int = 10_000, seed: int = 0, 
     return min(1.0, 2 * (1 + hits) / (1 + len(drawn)))
 
 
+@dataclass(frozen=True)
+class Bootstrap:
+    """How paired differences get their intervals: a studentised bootstrap over clusters (documents, mostly).
+
+    resamples: draws of clusters. seed: of the draws. level: of the intervals, 0.95 for 95 %.
+    """
+
+    resamples: int = 10_000
+    seed: int = 0
+    level: float = 0.95
+
+    def difference(self, sum_a, sum_b, count) -> Interval:
+        """`paired_difference` of sums per cluster; with fewer than two clusters the bounds are NaN."""
+        a, b, count = (np.asarray(values, dtype=float) for values in (sum_a, sum_b, count))
+        if len(count) < 2:
+            difference = (a - b).sum(axis=-1).mean() / count.sum()
+            return Interval(float(difference), float("nan"), float("nan"))
+        return paired_difference(a, b, count, self.resamples, self.seed, self.level, "studentised")
+
+    def p_value(self, sum_a, sum_b, count) -> float:
+        """The two-sided p-value of the same difference; NaN with fewer than two clusters."""
+        if len(count) < 2:
+            return float("nan")
+        return paired_p_value(sum_a, sum_b, count, self.resamples, self.seed, "studentised")
+
+
 def holm_correction(p_values: Sequence[float]) -> np.ndarray:
     """p-values [M] of one family of comparisons -> adjusted p-values [M], in the same order.
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from src import eval_utils
 from src.base import results, stats
-from src.base.results import UserError
+from src.base.errors import UserError
 from src.base.text_data import TokenDocument
 from src.gating import controls
 from src.gating.rule import Rule, compare, p_value, seeds_of

@@ -10,6 +10,7 @@ from src import eval_utils
 from src.base.text_data import TokenDocument
 from src.eval_utils import WindowRef
 from src.hybrid.layer import attachment_of, is_attached
+from src.hybrid.sidecar import SidecarSettings, attention_settings, sidecar_config
 from src.models import costs
 from src.models.families import decoder_layers, has_router
 from src.routing_extractor import RoutingExtractor
@@ -42,19 +43,34 @@ def active_experts(
     return (active / seen).tolist()
 
 
+def sidecar_shape(model: nn.Module, settings: SidecarSettings, layer: int) -> costs.MambaShape:
+    """The shape of a sidecar of these settings beside a layer's attention; the model has none attached."""
+    if settings.init == "attention":
+        attention = decoder_layers(model)[layer].self_attn
+        settings = attention_settings(attention, model.config.hidden_size, layer, settings)
+    return costs.mamba_shape(sidecar_config(model.config.hidden_size, 0, settings))
+
+
 def flops_columns(
     model: nn.Module,
     lengths: Sequence[int],
     active: Sequence[float],
+    sidecar: costs.MambaShape | None = None,
     shares: Mapping[int, float] | None = None,
     hard: bool = False,
 ) -> dict[str, float]:
     """flops_ideal and flops_executed per token, averaged over documents of `lengths` tokens, weighted by length.
 
-    shares: mean mamba share per hybrid layer; None for the base model. hard: as in `costs.flops_ideal`.
+    Args:
+        model: whose configuration gives the shapes.
+        lengths: tokens of each document.
+        active: the fraction of experts that a token activates, per layer.
+        sidecar: the shape of the sidecars, where there are any.
+        shares: the mean mamba share of each hybrid layer; None for the base model.
+        hard: as in `costs.flops_ideal`.
     """
     shape = costs.model_shape(model.config)
-    mamba = costs.mamba_shape(attachment_of(model).mamba_config) if shares is not None else None
+    mamba = sidecar if shares is not None else None
     values, counts = np.unique(np.asarray(lengths), return_counts=True)
     weights = values * counts / (values * counts).sum()
     ideal = [costs.flops_ideal(shape, int(n), active, mamba, shares, hard) for n in values]

@@ -1,27 +1,99 @@
 """Which distilled sidecars a run takes: its own, else the shipped ones; sets of them from several seeds."""
 
+import argparse
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from src.base.results import UserError
-from src.hybrid.checkpoints import available_layers, read_index
+from safetensors import safe_open
+from torch import nn
+
+from src.base.errors import UserError
+from src.base.results import model_slug
+from src.hybrid.checkpoints import available_layers, check_base, read_index
+from src.hybrid.sidecar import SidecarSettings
+from src.models.loading import ASSETS_DIR
+
+DISTIL = "scripts/04_test_sidecar.py"
 
 
-# -- sidecars
-def sidecar_folder(given: str | None, run_folder: Path, shipped: Path) -> Path:
+LEARNED_GATES = "learned_gate.safetensors"
+
+
+@dataclass(frozen=True)
+class SidecarSet:
+    """One set of distilled sidecars on some layers: the seed it was distilled from, its folder and stage."""
+
+    seed: int
+    folder: Path
+    stage: str
+    layers: list[int]
+
+    @property
+    def has_learned_gates(self) -> bool:
+        """Whether learned gates of all its layers were trained with it."""
+        path = self.folder / LEARNED_GATES
+        if not path.is_file():
+            return False
+        with safe_open(path, framework="np") as archive:
+            return {f"{layer}.weight" for layer in self.layers} <= set(archive.keys())
+
+    def source(self) -> dict[str, object]:
+        """The arguments of `attach_mamba_sidecar` that load it."""
+        return {"sidecar_dir": self.folder, "stage": self.stage}
+
+    def settings(self) -> SidecarSettings:
+        """The geometry of its sidecars."""
+        return SidecarSettings(**read_index(self.folder)["settings"])
+
+    def key(self) -> dict[str, object]:
+        """What a result measured with it depends on: the layers, and the bytes of their sidecars."""
+        files = [self.folder / f"stage_{self.stage}" / f"layer_{layer}.safetensors" for layer in self.layers]
+        return {"layers": self.layers, "sidecars": _sha256(files)}
+
+    def identity(self) -> dict[str, object]:
+        """What a meta file says of it: seed, folder, stage, layers, and a hash over its files and learned gates."""
+        stage, gates = f"stage_{self.stage}/*.safetensors", "*.safetensors"
+        files = [*sorted(self.folder.glob(stage)), *sorted(self.folder.glob(gates))]
+        return {
+            "seed": self.seed,
+            "folder": self.folder,
+            "stage": self.stage,
+            "layers": self.layers,
+            "sha256": _sha256(files),
+        }
+
+
+def find_sidecars(
+    model: nn.Module, arguments: argparse.Namespace, run_folder: Path, layers: Sequence[int], stage: str | None = None
+) -> SidecarSet:
+    """The distilled sidecars that a command line asks for (`sidecar_dir`, `stage`), checked to fit the model.
+
+    Raises UserError where there are none or a layer lacks one, ValueError where they belong to another checkpoint.
+    """
+    folder = sidecar_folder(arguments.sidecar_dir, run_folder, arguments.model)
+    found = SidecarSet(seed_of(folder), folder, choose_stage(folder, layers, stage or arguments.stage), list(layers))
+    check_base(model, folder)
+    return found
+
+
+def sidecar_folder(given: Path | None, run_folder: Path, model_name: str) -> Path:
     """Where the distilled sidecars are: the folder given, else the run's own (script 04), else the shipped ones.
 
     Raises UserError where none of them holds sidecars.
     """
-    candidates = [Path(given)] if given else [run_folder / "sidecars", shipped]
+    candidates = [given] if given else [run_folder / "sidecars", shipped_folder(model_name)]
     for folder in candidates:
         if available_layers(folder, "a") or available_layers(folder, "b"):
             return folder
     tried = " nor ".join(str(folder) for folder in candidates)
-    raise UserError(
-        f"no distilled sidecars in {tried}; run python scripts/04_test_sidecar.py first, or give --sidecar-dir"
-    )
+    raise UserError(f"there are no distilled sidecars in {tried}; distil them, or give --sidecar-dir", DISTIL)
+
+
+def shipped_folder(model_name: str) -> Path:
+    """Where a shipped model's sidecars would be."""
+    return ASSETS_DIR / f"{model_slug(model_name)}-sidecars"
 
 
 def choose_stage(folder: Path, layers: Sequence[int], wanted: str = "auto") -> str:
@@ -35,19 +107,24 @@ def choose_stage(folder: Path, layers: Sequence[int], wanted: str = "auto") -> s
             return stage
     missing = sorted(set(layers) - set(available_layers(folder, stages[-1])))
     raise UserError(
-        f"no distilled sidecar of stage {stages[-1].upper()} for layers {missing} in {folder}; "
-        "run python scripts/04_test_sidecar.py for them, or choose other layers"
+        f"there is no distilled sidecar of stage {stages[-1].upper()} for layers {missing} in {folder}; choose other "
+        "layers, or distil them",
+        f"{DISTIL} --retrain",
     )
+
+
+def seed_of(folder: Path) -> int:
+    """The seed that a folder's sidecars were distilled from, as its index names it; 0 where it names none."""
+    stages = read_index(folder)["stages"].values()
+    return int(next((one["training"]["settings"]["seed"] for one in stages if one["training"].get("settings")), 0))
 
 
 def sidecar_sets(folder: Path) -> dict[int, Path]:
     """Sets of sidecars by the seed that they were distilled from: the folder itself, and its folders `seed_<n>`.
 
-    The first has the seed that its index names. Raises UserError for two sets of one seed.
+    Raises UserError for two sets of one seed.
     """
-    stages = read_index(folder)["stages"].values()
-    seed = next((stage["training"]["settings"]["seed"] for stage in stages if stage["training"].get("settings")), 0)
-    sets = {int(seed): folder}
+    sets = {seed_of(folder): folder}
     for other in sorted(folder.glob("seed_*")):
         number = other.name.removeprefix("seed_")
         if not number.isdigit() or not (other / "sidecars.json").is_file():
@@ -58,10 +135,8 @@ def sidecar_sets(folder: Path) -> dict[int, Path]:
     return dict(sorted(sets.items()))
 
 
-def sidecar_identity(folder: Path, stage: str) -> dict:
-    """Which sidecars these are: {"folder", "stage", "sha256" over the stage's files and the learned gates}."""
+def _sha256(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    files = [*sorted((folder / f"stage_{stage}").glob("*.safetensors")), *sorted(folder.glob("*.safetensors"))]
     for file in files:
         digest.update(file.name.encode() + file.read_bytes())
-    return {"folder": folder, "stage": stage, "sha256": digest.hexdigest()}
+    return digest.hexdigest()

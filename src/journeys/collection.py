@@ -21,7 +21,7 @@ from huggingface_hub import errors as hub_errors
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from src.base.results import UserError
+from src.base.errors import UserError
 from src.base.text_data import MATH_INSTRUCTION
 from src.eval_utils import model_device
 from src.journeys.store import Journeys, expert_dtype

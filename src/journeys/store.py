@@ -30,7 +30,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from src.base.results import UserError, model_slug
+from src.base.errors import UserError
+from src.base.results import model_slug
 
 # How far gate probabilities may sum from 1: float16 has 11 bits, and K of them are added.
 SUM_TOLERANCE = 2e-3

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from src.base.results import UserError
+from src.base.errors import UserError
 
 LAYER_SETS = ("all", "middle", "first_half", "last_half")
 

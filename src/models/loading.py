@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from src.base.results import UserError
+from src.base.errors import UserError
 from src.models.blockffn import BlockFFNConfig, BlockFFNForCausalLM, CheckpointError
 from src.models.families import decoder_layers, dtype_name, has_router, model_type_of, parameter_counts
 

@@ -15,7 +15,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from src.base import results
-from src.base.results import UserError
+from src.base.errors import UserError
 from src.journeys import collection
 from src.journeys.collection import Problem, collect, encode_prompts, load_problems, token_texts
 from src.journeys.store import read_journeys, write_shard

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from src.base.results import UserError, write_npz
+from src.base.errors import UserError
+from src.base.results import write_npz
 from src.journeys import collection, store
 from src.journeys.collection import Problem, collect, encode_prompts
 from src.journeys.store import read_hidden, read_journeys, shard_name, write_hidden, write_shard

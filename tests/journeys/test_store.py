@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from src.base.results import UserError
+from src.base.errors import UserError
 from src.journeys import store
 from src.journeys.store import (
     BAD_ROW,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers
 from transformers import LlamaForCausalLM, Qwen3ForCausalLM
 
-from src.base.results import UserError
+from src.base.errors import UserError
 from src.models import loading
 from src.models.blockffn import BlockFFNForCausalLM, CheckpointError
 from src.models.families import (

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ["setup_env.sh", "scripts/run_all.sh", "scripts/run_tests.sh", ".ci/run"]
+REQUIREMENTS = ("requirements.txt", "requirements-no-deps.txt")
 REAL_TOOLS = ("bash", "env", "sed", "grep", "cat", "cp", "mkdir", "dirname", "basename")
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="shell scripts")
@@ -24,19 +25,25 @@ case "$*" in
   *version_info*) echo {version} ;;
   *"import venv"*) exit {no_venv} ;;
   *sys.executable*) echo "$0" ;;
-  *sys.prefix*) dirname "$(dirname "$0")" ;;
+  *sysconfig*) ;;
+  *urllib*) echo "asks ${{*:3}}" >>"$LOG"; [ -n "$CPU_INDEX_ANSWERS" ] ;;
   *'version("torch")'*) [ -n "$FAKE_TORCH" ] && echo "$FAKE_TORCH" ;;
   *torch.version.cuda*) echo "${{FAKE_CUDA-13.0}}" ;;
   --version) echo "Python {version}.1" ;;
   "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
   "-m pip "*)
     echo "MAX_JOBS=$MAX_JOBS pip ${{*:3}}" >>"$LOG"
-    [ -z "$PIP_FAILS" ] || [[ "$*" != *"$PIP_FAILS"* ]]
+    if [ -n "$PIP_FAILS" ] && [[ "$*" == *"$PIP_FAILS"* ]]; then echo "$PIP_SAYS" >&2; exit "${{PIP_CODE:-1}}"; fi
     ;;
   "- "*) echo "TABLE gpu=$2" ;;
   *) echo "stand-in python: $*" >&2; exit 99 ;;
 esac
 """
+# What an installation asks pip for.
+INSTALLS = [
+    "MAX_JOBS= pip install --quiet --requirement requirements.txt",
+    "MAX_JOBS= pip install --quiet --no-deps --requirement requirements-no-deps.txt",
+]
 CONDA = """#!/bin/bash
 prefix="$CONDA_HOME/$ENV_NAME_EXPECTED"
 case "$1" in
@@ -53,13 +60,12 @@ class Machine:
         self.tree, self.bin, self.log = folder / "tree", folder / "bin", folder / "log"
         self.bin.mkdir()
         self.log.touch()
-        for name in (*SCRIPTS, "requirements.txt", "config.py"):
+        for name in (*SCRIPTS, *REQUIREMENTS, "config.py"):
             (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.tree / name)
         for tool in REAL_TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool))
         self.variables = {"PATH": str(self.bin), "HOME": str(folder), "LOG": str(self.log)}
-        self.put("curl", "#!/bin/bash\nexit 7\n")  # no network
         self.system("Linux", memory_gib=32, cores=8)
 
     def put(self, name: str, text: str, folder: Path | None = None) -> Path:
@@ -84,7 +90,7 @@ class Machine:
 
     def gpu(self, driver="580.65.06"):
         return self.put(
-            "nvidia-smi", f"#!/bin/bash\necho 'NVIDIA GeForce RTX 3060, {driver}, 12288 MiB'\necho 'a second card'\n"
+            "nvidia-smi", f"#!/bin/bash\necho 'NVIDIA GeForce RTX 3060, 12288 MiB, {driver}'\necho 'a second card'\n"
         )
 
     def nvcc(self, version="13.0"):
@@ -112,10 +118,10 @@ class Machine:
     def setup(self, *arguments, **variables):
         return self.run("setup_env.sh", *arguments, **variables)
 
-    def take_log(self):
+    def take_log(self, asks=False):
         lines = self.log.read_text().splitlines()
         self.log.write_text("")
-        return lines
+        return [line for line in lines if asks or not line.startswith("asks ")]
 
 
 @pytest.fixture
@@ -138,12 +144,36 @@ def test_requirements_are_exact_and_installed():
 
     from packaging.requirements import Requirement
 
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    lines = [
+        line for name in REQUIREMENTS for line in (ROOT / name).read_text().splitlines() if line and line[0] != "#"
+    ]
     assert len(lines) > 20
     for requirement in map(Requirement, lines):
         assert re.fullmatch(r"==[0-9.]+", str(requirement.specifier)), requirement
         if requirement.marker is None or requirement.marker.evaluate():
             assert requirement.specifier.contains(version(requirement.name)), requirement
+
+
+def test_no_requirement_brings_pycosat_which_must_be_compiled():
+    """requirements.txt with all that its packages ask for, by what they say where they are installed."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    wanted = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    names = set()
+    while wanted:
+        requirement = Requirement(wanted.pop())
+        name = canonicalize_name(requirement.name)
+        if name in names or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        names.add(name)
+        try:
+            wanted += requires(name) or []
+        except PackageNotFoundError:  # asked for, but not here: its name is all there is to know
+            pass
+    assert len(names) > 100 and "pycosat" not in names
 
 
 # --- which Python --------------------------------------------------------------------------------------------------
@@ -184,7 +214,50 @@ def test_an_environment_of_an_unsupported_python_is_refused(machine):
     assert machine.setup().returncode == 0
     machine.put("python", PYTHON.format(real=sys.executable, version="3.10", no_venv=0), machine.tree / ".venv/bin")
     run = machine.setup()
-    assert run.returncode == 2 and "Remove .venv" in run.stderr
+    assert run.returncode == 2 and "has a Python 3.10" in run.stderr and "rm -r .venv" in run.stderr
+
+
+# --- why pip failed -----------------------------------------------------------------------------------------------
+
+BROKEN = "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by 'NewConnectionError'"
+NO_VERSION = """
+ERROR: Could not find a version that satisfies the requirement gguf==9.9 (from versions: {})
+ERROR: No matching distribution found for gguf==9.9"""
+BUILD = """  error: subprocess-exited-with-error
+      {}
+  note: This error originates from a subprocess, and is likely not a problem with pip.
+  ERROR: Failed building wheel for pycosat
+error: failed-wheel-build-for-install
+"""
+NO_FILE = "error: [Errno 2] No such file or directory: 'gcc'"
+PIP_FAILURES = {  # what pip says (pip 23 and 26): what setup_env.sh makes of it
+    BUILD.format(NO_FILE): "pycosat has no wheel for Python 3.12 on Linux x86_64 and must be compiled, but there is no",
+    BUILD.format("error: command 'gcc' failed: No such file or directory"): "there is no compiler. Install one",
+    BUILD.format("error: command '/usr/bin/gcc' failed with exit code 1"): "and building it failed",
+    BUILD.format("fatal error: No space left on device"): "the disk is full",
+    "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device": "the disk is full",
+    BROKEN + NO_VERSION.format("none"): "a package index could not be reached. Check the network",
+    NO_VERSION.format("0.18.0, 0.19.0"): "no package index that answered has gguf==9.9 for Python 3.12 on Linux x86_64",
+    NO_VERSION.format("none"): "no package index that answered has gguf==9.9",
+    "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.": "is not the one that its index names",
+    "python: No module named pip": "the environment has no pip. Remove it (rm -r .venv)",
+    "ERROR: something new": "exit code 1; its messages are above",
+}
+
+
+@pytest.mark.parametrize("says", PIP_FAILURES)
+def test_pip_failures_are_told_by_their_true_cause(machine, says):
+    machine.python()
+    run = machine.setup(PIP_FAILS="--requirement requirements.txt", PIP_SAYS=says)
+    assert run.returncode == 2
+    messages, _, error = run.stderr.rpartition("\nerror: pip could not install requirements.txt: ")
+    assert messages.strip() == says.strip() and PIP_FAILURES[says] in error
+
+
+def test_a_pip_that_was_killed(machine):
+    machine.python()
+    run = machine.setup(PIP_FAILS="requirements.txt", PIP_CODE="137")
+    assert run.returncode == 2 and "memory runs out" in run.stderr
 
 
 # --- CPU -----------------------------------------------------------------------------------------------------------
@@ -196,24 +269,26 @@ def test_cpu_install_then_nothing_to_do(machine):
     run = machine.setup()
     assert run.returncode == 0, run.stderr
     assert "TABLE gpu=false" in run.stdout
-    assert machine.take_log() == ["MAX_JOBS= pip install --quiet --requirement requirements.txt"]
+    assert machine.take_log() == INSTALLS
     again = machine.setup()
     assert again.returncode == 0 and "nothing to do" in again.stdout and "TABLE" in again.stdout
     assert machine.take_log() == []
     assert machine.setup("--print-python").stdout == f"{machine.tree}/.venv/bin/python\n"
     # New pins, or --force, install again.
-    assert machine.setup("--force").returncode == 0 and len(machine.take_log()) == 1
-    with open(machine.tree / "requirements.txt", "a") as file:
-        file.write("wheel==0.45.1\n")
-    assert machine.setup("--print-python").returncode == 1
-    assert machine.setup().returncode == 0 and len(machine.take_log()) == 1
+    assert machine.setup("--force").returncode == 0 and machine.take_log() == INSTALLS
+    for name in REQUIREMENTS:
+        with open(machine.tree / name, "a") as file:
+            file.write("wheel==0.45.1\n")
+        assert machine.setup("--print-python").returncode == 1
+        assert machine.setup().returncode == 0 and machine.take_log() == INSTALLS
 
 
-def test_an_interrupted_installation_is_not_complete(machine):
+@pytest.mark.parametrize("name", REQUIREMENTS)
+def test_an_interrupted_installation_is_not_complete(machine, name):
     machine.python()
-    run = machine.setup(PIP_FAILS="requirements.txt")
+    run = machine.setup(PIP_FAILS=name)
     assert run.returncode == 2
-    assert run.stderr.startswith("error: pip could not install requirements.txt")
+    assert f"error: pip could not install {name}: exit code 1" in run.stderr
     assert machine.setup("--print-python").returncode == 1
     assert machine.setup().returncode == 0
     assert machine.setup("--print-python").returncode == 0
@@ -221,20 +296,18 @@ def test_an_interrupted_installation_is_not_complete(machine):
 
 def test_cpu_index_is_used_when_it_answers(machine):
     machine.python()
-    machine.put("curl", '#!/bin/bash\necho "curl $*" >>"$LOG"\n')
-    assert machine.setup().returncode == 0
-    probe, torch, rest = machine.take_log()
-    assert "--max-time 5 " in probe and "https://download.pytorch.org/whl/cpu/torch/" in probe
+    assert machine.setup(CPU_INDEX_ANSWERS="1").returncode == 0
+    probe, torch, *rest = machine.take_log(asks=True)
+    assert probe == "asks https://download.pytorch.org/whl/cpu/torch/"
     assert torch.endswith("--extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0")
-    assert rest.endswith("--requirement requirements.txt")
+    assert rest == INSTALLS
 
 
 def test_cpu_index_that_fails_is_passed_over(machine):
     machine.python()
-    machine.put("curl", "#!/bin/bash\nexit 0\n")
-    run = machine.setup(PIP_FAILS="--extra-index-url")
-    assert run.returncode == 0 and run.stderr == ""
-    assert machine.take_log()[-1].endswith("--requirement requirements.txt")
+    run = machine.setup(CPU_INDEX_ANSWERS="1", PIP_FAILS="--extra-index-url", PIP_SAYS="what pip says")
+    assert run.returncode == 0 and run.stderr == "what pip says\n"
+    assert machine.take_log()[1:] == INSTALLS
 
 
 def test_torch_index_url_overrides_and_its_failure_is_an_error(machine):
@@ -252,7 +325,7 @@ def test_nvcc_without_a_gpu_builds_nothing(machine):
     machine.python()
     machine.nvcc()
     assert machine.setup().returncode == 0
-    assert len(machine.take_log()) == 1
+    assert machine.take_log() == INSTALLS
 
 
 # --- NVIDIA --------------------------------------------------------------------------------------------------------
@@ -289,9 +362,9 @@ def test_a_failed_kernel_build_is_explained_and_not_fatal(machine, failing):
     machine.python()
     machine.gpu()
     machine.nvcc()
-    run = machine.setup(PIP_FAILS=failing)
+    run = machine.setup(PIP_FAILS=failing, PIP_SAYS="OSError: [Errno 28]")
     assert run.returncode == 0
-    assert "Nothing is lost but speed" in run.stdout and "TABLE" in run.stdout
+    assert "the disk is full" in run.stdout and "Nothing is lost but speed" in run.stdout and "TABLE" in run.stdout
     assert "nothing to do" in machine.setup().stdout
 
 
@@ -323,10 +396,7 @@ def test_a_gpu_that_came_later_replaces_the_cpu_build(machine):
     machine.gpu()
     assert machine.setup("--print-python").returncode == 1
     assert machine.setup(FAKE_TORCH="2.13.0+cpu").returncode == 0
-    assert machine.take_log()[:2] == [
-        "MAX_JOBS= pip uninstall -q -y torch",
-        "MAX_JOBS= pip install --quiet --requirement requirements.txt",
-    ]
+    assert machine.take_log() == ["MAX_JOBS= pip uninstall --quiet --yes torch", *INSTALLS]
 
 
 def test_a_broken_driver_is_said_and_goes_on_without_gpu(machine):
@@ -344,10 +414,8 @@ def test_conda_environment_by_name(machine):
     run = machine.setup()
     assert run.returncode == 0, run.stderr
     log = machine.take_log()
-    assert (
-        log[0] == "conda create -y -q -n blockffn-mamba --override-channels -c conda-forge python=3.12 pip"
-        and len(log) == 2
-    )
+    create = "conda create -y -q -n blockffn-mamba --override-channels -c conda-forge python=3.12 pip"
+    assert log == [create, *INSTALLS]
     assert "conda activate blockffn-mamba" in run.stdout
     assert not (machine.tree / ".venv").exists()
     assert "nothing to do" in machine.setup().stdout and machine.take_log() == []
@@ -380,10 +448,9 @@ def test_wsl2_memory_hint(machine, memory_gib, hint):
 def test_macos_takes_pips_own_index(machine):
     machine.python()
     machine.system("Darwin", memory_gib=16, cores=8, machine="arm64")
-    machine.put("curl", "#!/bin/bash\nexit 0\n")
-    run = machine.setup()
+    run = machine.setup(CPU_INDEX_ANSWERS="1")
     assert run.returncode == 0, run.stderr
-    assert machine.take_log() == ["MAX_JOBS= pip install --quiet --requirement requirements.txt"]
+    assert machine.take_log(asks=True) == INSTALLS
     machine.system("Darwin", memory_gib=16, cores=8, machine="x86_64")
     run = machine.setup()
     assert run.returncode == 2 and "Intel Macs" in run.stderr

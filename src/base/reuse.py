@@ -1,0 +1,127 @@
+"""What earlier runs measured, kept piece by piece, so that a run computes only what is missing or no longer right.
+
+A piece is what one pass over a text (or one estimate, one generation) gave. It is kept under what it depends on: the
+model, the text, the sidecars, the gate, the windows, the seed. The commit, package versions, other pieces and the
+number of resamples are no part of that: intervals are derived anew from the pieces, in every run.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.base.results import json_bytes, jsonable, npz_bytes, replace_file
+
+
+class Pieces:
+    """Pieces in a folder, one file each, found again by what they depend on.
+
+    Attributes:
+        reused, computed: labels of the pieces that were there, and of those that were kept in this run.
+        reasons: label -> what differs from the piece of that label that is there, for pieces that no longer fit.
+    """
+
+    def __init__(self, folder: str | os.PathLike, common: Mapping[str, Any], restart: bool = False):
+        """`common` is what every piece depends on; with `restart` nothing that is there is taken."""
+        self.folder, self.common, self.restart = Path(folder), dict(common), restart
+        self.reused: list[str] = []
+        self.computed: list[str] = []
+        self.reasons: dict[str, list[str]] = {}
+
+    def find(self, label: str, depends: Mapping[str, Any]) -> dict | None:
+        """The content of a piece, or None where it is missing, damaged, or depends on something else by now."""
+        path = self._path(label, depends)
+        if not self.restart:
+            content = _read(path, _identity(self._all(depends)))
+            if content is not None:
+                if label not in self.reused:
+                    self.reused.append(label)
+                return content
+        self._explain(label, depends)
+        return None
+
+    def keep(self, label: str, depends: Mapping[str, Any], content: Mapping[str, Any]) -> dict:
+        """Keep a piece's content, plain JSON; returns it as a later run will read it."""
+        everything = self._all(depends)
+        piece = {"label": label, "depends": everything, "content": content}
+        data = json_bytes(piece)
+        replace_file(self._path(label, depends), data)
+        if label not in self.computed:
+            self.computed.append(label)
+        return json.loads(data)["content"]
+
+    def content(self, label: str, depends: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> dict:
+        """The content that is there, else what `compute` gives, which is kept."""
+        found = self.find(label, depends)
+        return self.keep(label, depends, compute()) if found is None else found
+
+    def arrays(
+        self, label: str, depends: Mapping[str, Any], compute: Callable[[], Mapping[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Named arrays that are there, else what `compute` gives, which is kept beside the piece as an .npz file."""
+        path = self._path(label, depends)
+        beside = path.with_suffix(".npz")
+        found = self.find(label, depends)
+        if found is None or not beside.is_file() or hashlib.sha256(beside.read_bytes()).hexdigest() != found["sha256"]:
+            data = npz_bytes(dict(compute()))
+            replace_file(beside, data)
+            self.keep(label, depends, {"sha256": hashlib.sha256(data).hexdigest()})
+        with np.load(beside, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+
+    def report(self) -> str:
+        """What was reused, and what was computed and why, in a few lines."""
+        lines = []
+        if self.reused:
+            lines.append(f"reused from an earlier run: {', '.join(self.reused)}")
+        changed: dict[str, list[str]] = {}
+        for label, reasons in self.reasons.items():
+            changed.setdefault(", ".join(reasons), []).append(label)
+        for reasons, labels in changed.items():
+            lines.append(f"computed again, because of {reasons}: {', '.join(labels)}")
+        fresh = [label for label in self.computed if label not in self.reasons]
+        if fresh and self.reused:
+            lines.append(f"computed for the first time: {', '.join(fresh)}")
+        return "\n".join(lines)
+
+    def _all(self, depends: Mapping[str, Any]) -> dict:
+        return jsonable({**self.common, **depends})
+
+    def _path(self, label: str, depends: Mapping[str, Any]) -> Path:
+        name = hashlib.sha256(label.encode()).hexdigest()[:12]
+        return self.folder / f"{name}-{_identity(self._all(depends))[:16]}.json"
+
+    def _explain(self, label: str, depends: Mapping[str, Any]) -> None:
+        """Note what differs from the newest piece of this label."""
+        name = hashlib.sha256(label.encode()).hexdigest()[:12]
+        there = sorted(self.folder.glob(f"{name}-*.json"), key=lambda path: path.stat().st_mtime)
+        if not there:
+            return
+        if self.restart:
+            self.reasons[label] = ["--restart"]
+            return
+        try:
+            earlier = json.loads(there[-1].read_text(encoding="utf-8"))["depends"]
+        except (ValueError, KeyError):
+            self.reasons[label] = ["a damaged file"]
+            return
+        now = self._all(depends)
+        differing = sorted(key for key in {*earlier, *now} if earlier.get(key) != now.get(key))
+        self.reasons[label] = [f"other {key.replace('_', ' ')}" for key in differing] or ["a damaged file"]
+
+
+def _identity(depends: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path, identity: str) -> dict | None:
+    """A piece's content where the file is whole and the one that was asked for."""
+    try:
+        piece = json.loads(path.read_text(encoding="utf-8"))
+        return piece["content"] if _identity(piece["depends"]) == identity else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
