@@ -11,12 +11,12 @@ says how large it is, and src/models/pretraining.py how it is trained. Flags: `t
 
 import argparse
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from src.base import cli
 from src.base.errors import UserError
@@ -36,7 +36,8 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
         shown = help if reading.get("default") is None else f"{help} (default: {reading['default']})"
         parser.add_argument(f"--{name}", help=shown, **reading)
 
-    add("cache", "The working folder, of the token arrays and the training's state.", type=Path, default="cache/tiny")
+    add("cache", "The working folder, of the token arrays and the training's state.", type=Path,
+        default=cli.REPOSITORY / "cache" / "tiny")  # fmt: skip
     if command == "prepare":
         add("wikipedia", "A folder of train-*.jsonl.xz and valid.jsonl.xz.", type=Path, required=True)
         add("gsm8k", "The file train.jsonl of GSM8K.", type=Path, required=True)
@@ -47,16 +48,16 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     if command == "train":
         add("tokens", "Millions of tokens of the whole training.", type=cli.POSITIVE, default=30.0)
         add("start-from", "An exported folder to go on from, where no state is saved.", type=Path)
-        add("minutes", "Stop after so many minutes, with the state saved.", type=cli.POSITIVE, default=1e9)
+        add("minutes", "Minutes after which training stops, its state saved.", type=cli.POSITIVE, default=math.inf)
         add("device", "The device to compute on: auto, cpu, cuda, cuda:1.", default="auto")
-        parser.add_argument("--quick", action="store_true", help="Train on 0.02 M tokens, uncompiled: does it run?")
+        add("quick", "Train on 0.02 M tokens, uncompiled: does it run?", action="store_true")
         add("lr", "The peak learning rate.", type=cli.POSITIVE, default=2e-3)
         add("log-every", "Steps between two lines of the log.", type=cli.whole(1), default=50)
         add("threads", "CPU threads; 0 leaves them to PyTorch.", type=cli.whole(0), default=0)
-        add("compile", "Compile the layers, which takes a minute and pays.", action=argparse.BooleanOptionalAction,
-            default=True)  # fmt: skip
+        add("compile", "Compile the layers: it takes a minute, and pays in a long run.",
+            action=argparse.BooleanOptionalAction, default=True)  # fmt: skip
         add("seed", "The seed of the weights and of the batches.", type=cli.whole(0), default=0)
-    elif command != "prepare":
+    if command in ("export", "evaluate"):
         add("assets", "The folder of the checkpoint; by default assets/<arch>-tiny.", type=Path)
     if command == "evaluate":
         add("validation-sequences", "Validation rows of 1,024 tokens.", type=cli.whole(2), default=48)
@@ -67,22 +68,22 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def check_inputs(arguments: argparse.Namespace) -> None:
-    """Fill in the paths that depend on others, and raise UserError for files that are not there."""
-    arguments.cache = ROOT / arguments.cache  # an absolute path stays as it is
+    """Fill in the paths that follow from others; UserError for files that are not there."""
     if arguments.command == "prepare":
-        needed, command = [arguments.wikipedia / "valid.jsonl.xz", arguments.gsm8k, arguments.mbpp], None
+        needed, hint = [arguments.wikipedia / "valid.jsonl.xz", arguments.gsm8k, arguments.mbpp], ""
     else:
-        arguments.shape = ROOT / "assets" / f"{arguments.arch}-tiny"  # of its config.json
-        needed, command = [arguments.cache / "tokenizer.json", arguments.shape / "config.json"], f"{SCRIPT} prepare"
+        arguments.shape = cli.REPOSITORY / "assets" / f"{arguments.arch}-tiny"  # of its config.json
+        needed = [arguments.cache / "tokenizer.json", arguments.shape / "config.json"]
+        hint = f"; prepare the text first: python {SCRIPT} prepare --help"
     if arguments.command in ("export", "evaluate"):
         arguments.assets = arguments.assets or arguments.shape
     for path in needed:
         if not path.exists():
-            raise UserError(f"{path} does not exist" + ("; prepare the text first" if command else ""), command)
+            raise UserError(f"{path} does not exist{hint}")
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Write tokenizer.json, and a uint16 array of tokens with the offsets of its documents for each domain and split."""
+    """Write tokenizer.json, and for each domain and split its tokens and where documents begin in them."""
     from tokenizers import Tokenizer
 
     from src.models import pretraining_text
@@ -108,24 +109,17 @@ def train(arguments: argparse.Namespace) -> None:
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    quick = arguments.quick
+    if arguments.quick:
+        arguments.tokens, arguments.compile, arguments.log_every = 0.02, False, 2
     settings = pretraining.TrainingSettings(
-        arch=arguments.arch,
-        shape=arguments.shape,
-        cache=arguments.cache,
-        device=resolve_device(arguments.device),
-        tokens=int(1e6 * (0.02 if quick else arguments.tokens)),
-        minutes=arguments.minutes,
-        lr=arguments.lr,
-        log_every=2 if quick else arguments.log_every,
-        compiled=arguments.compile and not quick,
-        start_from=arguments.start_from,
-        seed=arguments.seed,
-    )
-    position = pretraining.train(settings)
-    written = [f(arguments.cache, arguments.arch) for f in (pretraining.state_file, pretraining.log_file)]
-    print(f"step {position.step}, {position.tokens / 1e6:.2f} M tokens")
-    cli.say_written(written, f"{SCRIPT} export --arch {arguments.arch}")
+        arch=arguments.arch, shape=arguments.shape, cache=arguments.cache, device=resolve_device(arguments.device),
+        tokens=int(1e6 * arguments.tokens), minutes=arguments.minutes, lr=arguments.lr, log_every=arguments.log_every,
+        compiled=arguments.compile, start_from=arguments.start_from, seed=arguments.seed,
+    )  # fmt: skip
+    training = pretraining.train(settings)
+    print(f"step {training.step}, {training.tokens / 1e6:.2f} M tokens")
+    log = pretraining.log_file(arguments.cache, arguments.arch)
+    cli.say_written([training.file, log], f"{SCRIPT} export --arch {arguments.arch}", argv=[])
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -137,19 +131,15 @@ def export(arguments: argparse.Namespace) -> None:
 
     file = pretraining.state_file(arguments.cache, arguments.arch)
     if not file.exists():
-        raise UserError(f"{file} does not exist; train the model first", f"{SCRIPT} train --arch {arguments.arch}")
+        raise UserError(f"{file} does not exist; train first: python {SCRIPT} train --arch {arguments.arch}")
     state = torch.load(file, weights_only=True, map_location="cpu")
     model = pretraining.new_model(arguments.arch, arguments.shape, seed=0)
     model.load_state_dict(state["model"])
     model.to(torch.bfloat16).save_pretrained(arguments.assets)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(arguments.cache / "tokenizer.json"),
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="</s>",
-        model_max_length=1024,
-        clean_up_tokenization_spaces=False,
-    )
+        tokenizer_file=str(arguments.cache / "tokenizer.json"), bos_token="<s>", eos_token="</s>", pad_token="</s>",
+        model_max_length=1024, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
     tokenizer.padding_side = "left"
     tokenizer.save_pretrained(arguments.assets)
     training = {"steps": state["step"], "tokens_seen": state["tokens"]}
@@ -157,7 +147,7 @@ def export(arguments: argparse.Namespace) -> None:
     log = pretraining.log_file(arguments.cache, arguments.arch)
     shutil.copyfile(log, arguments.assets / "training_log.csv")
     print(f"{state['tokens'] / 1e6:.2f} M tokens")
-    cli.say_written([arguments.assets], f"{SCRIPT} evaluate --arch {arguments.arch}")
+    cli.say_written([arguments.assets], f"{SCRIPT} evaluate --arch {arguments.arch}", argv=[])
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -181,9 +171,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         code = TextRows(cache, "valid_code").beginnings(min(12, rows), model_card.ROW_TOKENS)
         sparsity, nll = model_card.sparsity_and_nll(model, prose)
         figures |= sparsity
-        figures["context"] = {
-            name: model_card.context_gain(model, cache, f"valid_{name}", 6 * rows) for name in ("prose", "code")
-        }
+        for name in ("prose", "code"):
+            gain = model_card.context_gain(model, cache, f"valid_{name}", 6 * rows)
+            figures.setdefault("context", {})[name] = gain
         count, half = model.config.num_hidden_layers, rows // 2
         with zeroed_attention(model, range(count // 3, 2 * count // 3)):
             figures["zeroed_middle_cost"] = (pretraining.token_nll(model, prose[:half]) - nll[:half]).mean().item()

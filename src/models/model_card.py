@@ -15,7 +15,7 @@ ROW_TOKENS = 1024
 
 
 def sparsity_and_nll(model: nn.Module, ids: torch.Tensor) -> tuple[dict, torch.Tensor]:
-    """Token-level sparsity and CLS_8 of a BlockFFN, of each layer and their means; and the NLL [N, T-1] of the same ids."""
+    """Token-level sparsity and CLS_8 of a BlockFFN, by layer and their means; and the NLL [N, T-1] of the same ids."""
     active: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
     hooks = [
         layer.mlp.router_act_fn.register_forward_hook(lambda _m, _i, out, kept=kept: kept.append(out > 0))

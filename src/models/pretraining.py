@@ -6,14 +6,12 @@ top-2), has the load-balancing loss of the Switch Transformer (arXiv 2101.03961)
 """
 
 import csv
-import functools
 import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,41 +22,13 @@ from transformers import MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from src.models.blockffn import BlockFFNForCausalLM
-from src.models.pretraining_text import BOS, DOMAIN_SHARES, VOCAB, TextRows, make_batch
+from src.models.pretraining_text import BOS, DOMAIN_SHARES, VOCAB, TextRows, make_batch, phase_at
 from src.models.recall_heads import init_recall_heads
 
 MODELS = {"blockffn": BlockFFNForCausalLM, "mixtral": MixtralForCausalLM}
 SAVE_SECONDS = 120
 
 
-class Phase(NamedTuple):
-    """A part of the curriculum: it lasts `until` so many millions of tokens, in steps of `rows` rows of `length` tokens.
-
-    `recall_share` of the rows are recall sequences, whose difficulty rises from `easiest` to `hardest`.
-    """
-
-    name: str
-    until: float
-    length: int
-    rows: int
-    recall_share: float = 0.0
-    easiest: float = 0.0
-    hardest: float = 0.0
-
-
-PHASES = {
-    "blockffn": [
-        Phase("recall", 0.5, 256, 16, 0.6, 0.0, 0.5),
-        Phase("mixed", 2.2, 512, 16, 0.1, 0.5, 1.0),
-        Phase("long", math.inf, 1024, 8, 0.1, 1.0, 1.0),
-    ],
-    "mixtral": [
-        Phase("start", 1.0, 256, 8),  # few tokens a step: 32 layers need many steps to leave the unigram level
-        Phase("short", 6.0, 256, 16),
-        Phase("middle", 13.0, 512, 16),
-        Phase("long", math.inf, 1024, 8),
-    ],
-}
 # Weights of the second and third loss, next to the language-model loss; Mixtral's third is only logged.
 AUXILIARY = {
     "blockffn": {"locality": 2e-3, "sparsification": 5e-2},
@@ -95,18 +65,9 @@ def log_file(cache: Path, arch: str) -> Path:
     return cache / f"train_log_{arch}.csv"
 
 
-@dataclass
-class Position:
-    """Optimiser steps and tokens so far, and the tokens seen when the optimiser was new."""
-
-    step: int = 0
-    tokens: int = 0
-    begin: int = 0
-
-
 # -- models
 def new_model(arch: str, shape: Path, seed: int) -> nn.Module:
-    """An untrained float32 model of the size that the config.json in the folder `shape` states, started as its kind is."""
+    """An untrained float32 model of the size that the config.json in the folder `shape` states."""
     model = MODELS[arch](MODELS[arch].config_class.from_pretrained(shape))
     if arch == "mixtral":
         init_deep_residuals(model)
@@ -262,17 +223,6 @@ def watched(model: nn.Module, cache: Path, length: int) -> list[float]:
 
 
 # -- training
-def phase_at(arch: str, tokens: int) -> tuple[Phase, float]:
-    """The phase after a number of tokens, and the difficulty of its recall rows there."""
-    begin = 0.0
-    for phase in PHASES[arch]:
-        if tokens < phase.until * 1e6:
-            progress = (tokens / 1e6 - begin) / (phase.until - begin)
-            return phase, phase.easiest + (phase.hardest - phase.easiest) * progress
-        begin = phase.until
-    raise AssertionError("the last phase never ends")
-
-
 def learning_rate(
     tokens: int, total: int, peak: float, begin: int = 0, warmup: float = 0.2e6, decay: float = 0.2
 ) -> float:
@@ -284,106 +234,91 @@ def learning_rate(
     return peak * min(1.0, (tokens - begin) / warmup + 0.02) * (0.02 + 0.98 * min(1.0, left))
 
 
-def train(settings: TrainingSettings) -> Position:
-    """Train from the saved state, or from scratch, until `tokens` are seen or `minutes` have passed; returns where."""
-    torch.manual_seed(settings.seed)
-    model = new_model(settings.arch, settings.shape, settings.seed).train().to(settings.device)
-    optimizer = _optimizer(model, settings.lr)
-    position = _restored(settings, model, optimizer)
-    losses_of = _objective(settings, model)
-    weights = AUXILIARY[settings.arch]
+class Training:
+    """A model, its optimiser and where it stands; saved as one file, from which a later run goes on.
+
+    `step` and `tokens` count what was done so far, `begin` is the tokens seen when the optimiser was new.
+    """
+
+    def __init__(self, settings: TrainingSettings):
+        """From the saved state, else from the weights of `start_from`, else from a new model."""
+        self.settings = settings
+        self.step = self.tokens = self.begin = 0
+        torch.manual_seed(settings.seed)
+        self.model = new_model(settings.arch, settings.shape, settings.seed).train().to(settings.device)
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        vectors = [p for p in self.model.parameters() if p.ndim == 1]
+        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
+        self.file = state_file(settings.cache, settings.arch)
+        if self.file.exists():
+            state = torch.load(self.file, weights_only=True, map_location=settings.device)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.tokens, self.begin = state["step"], state["tokens"], state["begin"]
+            print(f"resumed at step {self.step}, {self.tokens / 1e6:.2f} M tokens")
+        elif settings.start_from:
+            weights = type(self.model).from_pretrained(settings.start_from, dtype=torch.float32).state_dict()
+            self.model.load_state_dict(weights)
+            seen = json.loads((settings.start_from / "training.json").read_text())
+            self.step, self.tokens, self.begin = seen["steps"], seen["tokens_seen"], seen["tokens_seen"]
+            print(f"goes on from {settings.start_from}: {self.tokens / 1e6:.2f} M tokens, with a new optimiser")
+        self.losses, layer_fn = (
+            (mixtral_losses, mixtral_mixer) if settings.arch == "mixtral" else (blockffn_losses, blockffn_layer)
+        )
+        self.functions = layer_fn, head_loss
+        if settings.compiled:
+            self.functions = tuple(torch.compile(function, dynamic=False) for function in self.functions)
+
+    def take_step(self, ids: torch.Tensor, rate: float) -> tuple[list[float], float]:
+        """One optimiser step on ids [B, T]; returns its three losses and the norm of the gradient before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+            nll, *auxiliary = self.losses(self.model, ids, *self.functions)
+        weights = AUXILIARY[self.settings.arch].values()
+        (nll + sum(weight * value for weight, value in zip(weights, auxiliary, strict=True))).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step, self.tokens = self.step + 1, self.tokens + ids.numel()
+        return [value.item() for value in (nll, *auxiliary)], norm.item()
+
+    def save(self) -> None:
+        """Replace the saved state by the present one."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        temporary = self.file.with_suffix(".tmp")
+        torch.save(state | {"step": self.step, "tokens": self.tokens, "begin": self.begin}, temporary)
+        temporary.replace(self.file)
+
+
+def train(settings: TrainingSettings) -> Training:
+    """Train from the saved state, or from scratch, until `tokens` are seen or `minutes` have passed, and save that."""
+    training = Training(settings)
     domains = {name: TextRows(settings.cache, name) for name in DOMAIN_SHARES}
     started = last_saved = time.time()
-    first_tokens = position.tokens
+    first_tokens = training.tokens
     bar = tqdm(total=settings.tokens, initial=first_tokens, unit="tok", unit_scale=True, mininterval=10)
     with bar, open(log_file(settings.cache, settings.arch), "a", newline="") as log:
         writer = csv.writer(log, lineterminator="\n")
         if log.tell() == 0:
-            columns = ["step", "tokens", "phase", "nll", *weights, "gradient_norm", "learning_rate"]
+            columns = ["step", "tokens", "phase", "nll", *AUXILIARY[settings.arch], "gradient_norm", "learning_rate"]
             writer.writerow([*columns, *PROBES, *LOGGED_DOMAINS, "tokens_per_second"])
-        while position.tokens < settings.tokens and time.time() - started < settings.minutes * 60:
-            phase, difficulty = phase_at(settings.arch, position.tokens)
-            # by step, so that a resumed run sees the same batches
-            rng = np.random.default_rng([settings.seed, position.step])
-            ids = make_batch(rng, domains, phase.rows, phase.length, phase.recall_share, difficulty)
-            rate = learning_rate(position.tokens, settings.tokens, settings.lr, position.begin)
-            losses, norm = _take_step(model, optimizer, losses_of, ids.to(settings.device), rate, weights)
-            position.step, position.tokens = position.step + 1, position.tokens + ids.numel()
+        while training.tokens < settings.tokens and time.time() - started < settings.minutes * 60:
+            phase, difficulty = phase_at(settings.arch, training.tokens)
+            rng = np.random.default_rng([settings.seed, training.step])  # so that a resumed run sees the same batches
+            ids = make_batch(rng, domains, phase, difficulty).to(settings.device)
+            rate = learning_rate(training.tokens, settings.tokens, settings.lr, training.begin)
+            losses, norm = training.take_step(ids, rate)
             bar.update(ids.numel())
-            if position.step % settings.log_every == 0:
-                speed = (position.tokens - first_tokens) / (time.time() - started)
-                values = [*losses, *watched(model, settings.cache, min(phase.length, 512))]
-                texts = [f"{value:.4f}" for value in values]
-                texts[len(losses) : len(losses)] = [f"{norm:.3f}", f"{rate:.2e}"]
-                writer.writerow([position.step, position.tokens, phase.name, *texts, f"{speed:.0f}"])
+            if training.step % settings.log_every == 0:
+                speed = (training.tokens - first_tokens) / (time.time() - started)
+                row = [f"{value:.4f}" for value in losses] + [f"{norm:.3f}", f"{rate:.2e}"]
+                row += [f"{value:.4f}" for value in watched(training.model, settings.cache, min(phase.length, 512))]
+                writer.writerow([training.step, training.tokens, phase.name, *row, f"{speed:.0f}"])
                 log.flush()
             if time.time() - last_saved > SAVE_SECONDS:
-                _save(settings, model, optimizer, position)
+                training.save()
                 last_saved = time.time()
-    _save(settings, model, optimizer, position)
-    return position
-
-
-def _optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW, with weight decay for matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-
-
-def _objective(settings: TrainingSettings, model: nn.Module) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
-    """ids [B, T] -> NLL and the two losses of AUXILIARY."""
-    losses, layer_fn, head_fn = blockffn_losses, blockffn_layer, head_loss
-    if settings.arch == "mixtral":
-        losses, layer_fn = mixtral_losses, mixtral_mixer
-    if settings.compiled:
-        layer_fn, head_fn = torch.compile(layer_fn, dynamic=False), torch.compile(head_fn, dynamic=False)
-    return functools.partial(losses, model, layer_fn=layer_fn, head_fn=head_fn)
-
-
-def _take_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    losses_of: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
-    ids: torch.Tensor,
-    rate: float,
-    weights: dict[str, float],
-) -> tuple[list[float], float]:
-    """One optimiser step on ids [B, T]; returns its three losses and the norm of the gradient before clipping."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-        nll, *auxiliary = losses_of(ids)
-    (nll + sum(weight * value for weight, value in zip(weights.values(), auxiliary, strict=True))).backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return [value.item() for value in (nll, *auxiliary)], norm.item()
-
-
-def _restored(settings: TrainingSettings, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
-    """Load the saved state, else the weights of `start_from`, else nothing; returns where training stands."""
-    saved = state_file(settings.cache, settings.arch)
-    if saved.exists():
-        state = torch.load(saved, weights_only=True, map_location=settings.device)
-        model.load_state_dict(state.pop("model"))
-        optimizer.load_state_dict(state.pop("optimizer"))
-        position = Position(**state)
-        print(f"resumed at step {position.step}, {position.tokens / 1e6:.2f} M tokens")
-    elif settings.start_from:
-        folder = settings.start_from
-        model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
-        seen = json.loads((folder / "training.json").read_text())
-        position = Position(seen["steps"], seen["tokens_seen"], seen["tokens_seen"])
-        print(f"goes on from {folder}: {position.tokens / 1e6:.2f} M tokens, with a new optimiser")
-    else:
-        position = Position()
-    return position
-
-
-def _save(settings: TrainingSettings, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position) -> None:
-    file = state_file(settings.cache, settings.arch)
-    temporary = file.with_suffix(".tmp")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), **asdict(position)}, temporary)
-    temporary.replace(file)
+    training.save()
+    return training

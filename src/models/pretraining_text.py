@@ -1,8 +1,8 @@
-"""The text that the shipped checkpoints are trained on: tokenizer, token arrays by domain, and the curriculum of batches.
+"""The text that the shipped checkpoints are trained on: tokenizer, token arrays by domain, and the order of batches.
 
-Recall sequences go with the text of assets/blockffn-tiny, because a model of this size does not learn
-in-context copying from 30 M tokens of prose alone, and without it attention would have nothing to do that a state-space
-sidecar could not.
+Recall sequences go with the text of assets/blockffn-tiny, because a model of this size does not learn in-context
+copying from 30 M tokens of prose alone, and without it attention would have nothing to do that a state-space sidecar
+could not.
 """
 
 import math
@@ -202,9 +202,7 @@ def phase_at(arch: str, tokens: int) -> tuple[Phase, float]:
     raise AssertionError("the last phase never ends")
 
 
-def make_batch(
-    rng: np.random.Generator, domains: dict[str, TextRows], phase: Phase, difficulty: float
-) -> torch.Tensor:
+def make_batch(rng: np.random.Generator, domains: dict[str, TextRows], phase: Phase, difficulty: float) -> torch.Tensor:
     """One batch [rows, length] of int64 ids of a phase: text rows, and recall rows of a difficulty in [0, 1].
 
     It widens the recall alphabet from 8 towards the whole vocabulary and the spans up to length/3.
