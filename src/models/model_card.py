@@ -25,8 +25,9 @@ def sparsity_and_nll(model: nn.Module, ids: torch.Tensor) -> tuple[dict, torch.T
     for hook in hooks:
         hook.remove()
     layers = [torch.cat(kept) for kept in active]
-    by_token = [1 - layer.float().mean().item() for layer in layers]
-    by_chunk = [1 - layer.unflatten(1, (-1, 8)).any(2).float().mean().item() for layer in layers]
+    # rounded here, so that the means are those of the figures that the card shows
+    by_token = rounded([1 - layer.float().mean().item() for layer in layers])
+    by_chunk = rounded([1 - layer.unflatten(1, (-1, 8)).any(2).float().mean().item() for layer in layers])
     figures = {
         "tls_per_layer": by_token,
         "tls": np.mean(by_token),
