@@ -320,6 +320,11 @@ RUN_FLAGS = ("quick", "seed", "output_dir")
 # Of the scripts that open a session (`hybrid/session.py`), and of those among them that score text.
 SESSION_FLAGS = (*MODEL_FLAGS, *RUN_FLAGS, "restart", "dataset", "documents", "document_tokens")
 SCORING_FLAGS = ("window_tokens", "oom_window_tokens", "stride", "batch_windows")
+# Of the scripts that compare gates.
+STUDY_FLAGS = (
+    *SESSION_FLAGS, *SCORING_FLAGS, "calibration_documents", "layers", "sidecar_dir", "stage", "shares", "signal",
+    "threshold", "temperature", "temperatures", "mask_seeds", "resamples", "confidence_level",
+)  # fmt: skip
 
 
 # -- settings

@@ -99,11 +99,19 @@ class Session:
 
         return self.pieces.content(label, self.text_key("evaluation") | dict(depends), compute)
 
-    def generate(self, label: str, depends: Mapping[str, Any], prompts: Sequence[str]) -> list[str]:
-        """Greedy continuations of prompts by the model as it stands."""
+    def generate(
+        self,
+        label: str,
+        depends: Mapping[str, Any],
+        prompts: Sequence[str],
+        prepare: Callable[[], None] | None = None,
+    ) -> list[str]:
+        """Greedy continuations of prompts by the model as it stands, after `prepare` where they are missing."""
         tokens, seed = self.arguments.new_tokens, self.arguments.seed
 
         def compute() -> dict:
+            if prepare is not None:
+                prepare()
             texts = eval_utils.generate_texts(self.model, self.tokenizer, prompts, max_new_tokens=tokens, seed=seed)
             return {"texts": texts}
 
