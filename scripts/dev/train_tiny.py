@@ -182,10 +182,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         figures["natural_repeats"] = model_card.repeats_nll(tokenizer, scored)
     figures["bits_per_byte"] = model_card.bits_per_byte(model, tokenizer, cache, rows)
     figures |= json.loads((arguments.assets / "training.json").read_text())
-    text = json.dumps(model_card.rounded(figures), indent=1)
-    (arguments.assets / "evaluation.json").write_text(text + "\n")
-    print(text)
-    print(f"wrote {arguments.assets / 'evaluation.json'}")
+    text, file = json.dumps(model_card.rounded(figures), indent=1), arguments.assets / "evaluation.json"
+    file.write_text(text + "\n")
+    print(text, f"wrote {file}", sep="\n")
 
 
 COMMANDS = {"prepare": prepare, "train": train, "export": export, "evaluate": evaluate}
