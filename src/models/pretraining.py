@@ -115,7 +115,8 @@ def head_loss(model: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> t
 def blockffn_layer(layer, hidden, cos, sin, same_document):
     """One layer of the training forward: the layer's own modules, called in a way that torch.compile fuses on CPU.
 
-    Compiling the model's own layers, with hooks on their routers, takes 30 % longer a step. Returns the layer's output [B, T, D] and its two router objectives, scalars.
+    Compiling the model's own layers, with hooks on their routers, takes 30 % longer a step. Returns the layer's output
+    [B, T, D] and its two router objectives, scalars.
     """
     mixed, _ = layer.self_attn(
         hidden_states=layer.input_layernorm(hidden), position_embeddings=(cos, sin), attention_mask=None
