@@ -19,6 +19,7 @@ from torch import nn
 from src import eval_utils
 from src.base import cli, results
 from src.base.errors import UserError
+from src.base.text_data import TokenDocument
 from src.gating import controls, modes
 from src.gating.modes import DRAWN, Mode
 from src.gating.rule import Rule
@@ -147,18 +148,23 @@ def run_name(layers: str, mode: str, sidecar_seed: int, mask_seed: int = 0) -> s
     return f"{layers}/{mode}/sidecars{sidecar_seed}/{mask_seed}"
 
 
-def score_gate(study: Study, gate: Gate, label: str, split: str = "evaluation") -> tuple[GateRecord, dict]:
-    """One pass with a gate: (what it did, the run's content). The set of sidecars is attached.
+def score_gate(
+    study: Study, gate: Gate, label: str, documents: Sequence[TokenDocument] | None = None
+) -> tuple[GateRecord, dict]:
+    """One pass with a gate over documents (the evaluation text): what it did, and the run's content.
+
+    The set of sidecars must be attached.
 
     The content is what a piece keeps: the sums per document (`table`) and what the whole pass measured.
     """
-    session, device = study.session, eval_utils.model_device(study.model)
+    tokens = study.session.tokens["evaluation"] if documents is None else documents
+    device = eval_utils.model_device(study.model)
     eval_utils.reset_peak_memory(device)
     set_gate(study.model, gate)
     with record_gates(study.model) as record:
         scores = eval_utils.score_documents(
-            study.model, session.tokens[split], on_batch=attachment_of(study.model).on_batch, progress=label,
-            **session.windows,
+            study.model, tokens, on_batch=attachment_of(study.model).on_batch, progress=label,
+            **study.session.windows,
         )  # fmt: skip
     table, by_document = document_table(scores), record.document_shares()
     table["mamba_share"] = results.as_written(
@@ -406,10 +412,11 @@ def frozen_margin(study: Study, mode: Mode) -> tuple[float, Path]:
 
 def _random_on_calibration(study: Study, sidecars: SidecarSet, mode: Mode) -> list[pd.DataFrame]:
     """Sums per calibration document under random masks with a gate's counts there, one table per mask seed."""
-    record, _ = score_gate(study, calibrate(study, mode, sidecars), f"margin, set {sidecars.seed}", "calibration")
+    documents = study.session.tokens["calibration"]
+    record, _ = score_gate(study, calibrate(study, mode, sidecars), f"margin, set {sidecars.seed}", documents)
     tables = []
     for seed in mask_seeds_of(sidecars, study.mask_seeds):
         masks = MaskGate(matched_random_masks(record.shares, seed))
         label = f"margin, set {sidecars.seed}, seed {seed}"
-        tables.append(pd.DataFrame(score_gate(study, masks, label, "calibration")[1]["table"]))
+        tables.append(pd.DataFrame(score_gate(study, masks, label, documents)[1]["table"]))
     return tables

@@ -28,6 +28,10 @@ DOMAIN_COLUMNS = (
     "mode", *MODE_COLUMNS, "variant", "domain", "documents", "tokens", "share_realised", "delta_nll", "ci_low",
     "ci_high", *AGAINST,
 )  # fmt: skip
+# What a gate ablation takes from the row of a gate.
+ABLATION_COLUMNS = (
+    "share_realised", "delta_nll", "ci_low", "ci_high", *AGAINST
+)  # fmt: skip
 SUM_COLUMNS = ["mode", "sidecar_seed", "document", "domain", "tokens", "num_bytes", "nll", "mamba_share"]
 
 
@@ -168,6 +172,33 @@ def domain_table(sums: pd.DataFrame, results: pd.DataFrame, rule: Rule) -> pd.Da
                     entry |= dict(zip(prefix, (interval.estimate, interval.low, interval.high), strict=True))
             rows.append(entry)
     return pd.DataFrame(rows).reindex(columns=list(DOMAIN_COLUMNS))
+
+
+def gate_ablation_rows(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The gate ablations, as selections from the rows of explained_gates_results.csv.
+
+    signal: previous, lookahead (hard gates). softness: hard, and soft_t<temperature>. threshold: layer_wise, shared
+    (hard gates). An ablation takes the shares at which it has at least two variants, and is left out where it has none.
+    Columns: ablation, variant, mode, share (target), and ABLATION_COLUMNS.
+    """
+    calibrated = results[(results["kind"] == "routing") & (results["threshold"] != "fixed")]
+    hard, own = calibrated["hard"].astype(bool), calibrated["threshold"] == "own"
+    leading = hard & own & (calibrated["variant"] == "")
+    softness = "soft_t" + calibrated["temperature"].map("{:g}".format)
+    threshold = calibrated["threshold"].replace({"own": "layer_wise"})
+    variants_of = {
+        "signal": calibrated["signal"].where(leading | (calibrated["variant"] == "lookahead")),
+        "softness": softness.where(~hard, "hard").where(leading | ~hard),
+        "threshold": threshold.where(leading | (hard & ~own)),
+    }
+    found = {}
+    for ablation, names in variants_of.items():
+        frame = calibrated.assign(ablation=ablation, variant=names, share=calibrated["share_target"])
+        frame = frame[names.notna()][["ablation", "variant", "mode", "share", *ABLATION_COLUMNS]]
+        frame = frame[frame.groupby("share")["mode"].transform("size") > 1].sort_values("share", kind="stable")
+        if len(frame):
+            found[ablation] = frame.reset_index(drop=True)
+    return found
 
 
 def _with_holm(frame: pd.DataFrame) -> pd.DataFrame:

@@ -62,6 +62,12 @@ class Session:
             self.started, eval_utils.model_device(self.model), self.model.dtype,
         )  # fmt: skip
 
+    def read(self, name: str, split: str, count: int | None) -> None:
+        """Read further text of a split, `count` documents or all, under a name of its own."""
+        self.texts[name] = text_data.load_documents(self.arguments.dataset, split, self.arguments.seed, count)
+        self.tokens[name] = text_data.tokenize(self.texts[name], self.tokenizer, self.arguments.document_tokens)
+        self.data[name] = text_data.identity(self.texts[name])
+
     def text_key(self, split: str) -> dict[str, Any]:
         """What a piece that was measured on a split's text depends on."""
         return {"text": self.data[split]["sha256"], "document_tokens": self.arguments.document_tokens}
