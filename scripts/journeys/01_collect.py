@@ -30,14 +30,11 @@ import config
 from src.base import results
 from src.journeys import collection
 from src.journeys.collection import ProblemSet
+from src.journeys.records import export_rows, export_token_files, import_rows, import_token_files
 from src.journeys.store import (
     Journeys,
-    export_rows,
-    export_token_files,
     hidden_file,
     hidden_folder,
-    import_rows,
-    import_token_files,
     read_hidden,
     read_journeys,
     remove_left_overs,

@@ -17,7 +17,8 @@ import pandas as pd
 import config
 from src.base import results
 from src.journeys import tables
-from src.journeys.store import Journeys, read_input, read_journeys, shard_files
+from src.journeys.records import read_input
+from src.journeys.store import Journeys, read_journeys, shard_files
 
 # What --quick draws at most.
 QUICK_DRAWS = 200

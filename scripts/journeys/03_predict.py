@@ -20,9 +20,11 @@ from tqdm.auto import tqdm
 
 import config
 from src.base import results
-from src.journeys import expert_cache, measures, predictors
-from src.journeys.predictors import PREDICTORS, Network, Settings
-from src.journeys.store import read_hidden, read_input, read_journeys, shard_files, shard_run
+from src.journeys import cells, expert_cache, measures, networks, predictors, scoring
+from src.journeys.networks import Network, Settings
+from src.journeys.predictors import PREDICTORS
+from src.journeys.records import read_input
+from src.journeys.store import read_hidden, read_journeys, shard_files, shard_run
 from src.journeys.tables import prepare
 
 # Flags that only imported records have.
@@ -32,7 +34,7 @@ SCORES = ["top1", "top1_low", "top1_high", "top2", "slot_overlap", "whole_set", 
 COSTS = ["train_seconds", "predict_us", "parameters"]
 LEAKAGE = ["top1_rows_split", "top1_problem_split", "leakage", "ci_low", "ci_high"]
 TUNED = "mlp_tuned.json"
-# Which of predictors.Settings a predictor depends on: changing others does not run it again.
+# Which of networks.Settings a predictor depends on: changing others does not run it again.
 TRAINING = ("train_rows", "epochs", "patience", "validation_rows")
 PROBING = ("probe_epochs", "patience", "validation_rows")
 DEPENDS_ON = {
@@ -189,7 +191,7 @@ def cache_costs(arguments, source: Path) -> None:
 
 
 # -- journeys
-def read_data(arguments, folder: Path) -> tuple[predictors.Data, dict]:
+def read_data(arguments, folder: Path) -> tuple[cells.Data, dict]:
     """(what predictors see, the identity of the journeys and router inputs)."""
     source, report = arguments.input or folder, None
     if arguments.input is not None:
@@ -216,14 +218,14 @@ def read_data(arguments, folder: Path) -> tuple[predictors.Data, dict]:
         raise results.UserError(
             f"--cache-capacities {arguments.cache_capacities[-1]} is more than the {journeys.num_experts} experts"
         )
-    data = predictors.prepare(prepare(journeys, config.JOURNEY_DATASETS), hidden)
+    data = cells.prepare(prepare(journeys, config.JOURNEY_DATASETS), hidden)
     print(
         f"{len(data.problem):,} journeys of {journeys.model or arguments.model}: {len(data.layers)} layers, "
         f"{data.experts.shape[2]} of {data.num_experts} experts, router inputs of {int((data.hidden_row >= 0).sum()):,}"
     )
     if data.in_blocks:
         print(
-            f"note: fewer than {predictors.MIN_PROBLEMS} problems: {predictors.BLOCKS} runs of consecutive tokens of "
+            f"note: fewer than {cells.MIN_PROBLEMS} problems: {cells.BLOCKS} runs of consecutive tokens of "
             "each stand in for problems; training and test share problems, and the intervals, over few runs, are wide",
             file=sys.stderr,
         )
@@ -239,14 +241,14 @@ def read_data(arguments, folder: Path) -> tuple[predictors.Data, dict]:
     return data, {"source": source, "journeys": len(data.problem), "sha256": digest.hexdigest()}
 
 
-def chosen(arguments, data: predictors.Data) -> list[str]:
+def chosen(arguments, data: cells.Data) -> list[str]:
     """The predictors to run, in the order of PREDICTORS; those that need router inputs only where there are any."""
     wanted = [name for name in PREDICTORS if name in (arguments.predictors or PREDICTORS)]
     if data.hidden is None:
         left_out = [name for name in wanted if name in predictors.HIDDEN_PREDICTORS]
         if left_out:
             advice = (
-                f"no router inputs of {predictors.MIN_PROBLEMS} problems or more: {', '.join(left_out)} left out; "
+                f"no router inputs of {cells.MIN_PROBLEMS} problems or more: {', '.join(left_out)} left out; "
                 f"python scripts/journeys/01_collect.py --model {arguments.model} --save-hidden 60 --restart"
             )
             if len(left_out) == len(wanted):
@@ -329,19 +331,19 @@ def run_predictor(
 ) -> list[dict]:
     """Fit and score one predictor at one hop; writes its trace, returns its rows."""
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
-    done = predictors.study(name, data, parts, hop, settings, seeds, with_rows)
+    done = scoring.study(name, data, parts, hop, settings, seeds, with_rows)
     trace = results.write_npz(trace_file(folder, name, hop), {"predicted": done.predicted}, meta)
     rows = []
     for split, measured in done.by_split.items():
         costs = (measured.train_seconds, measured.predict_us, round(measured.parameters))
-        for row in predictors.score_rows(
+        for row in scoring.score_rows(
             data, measured.totals, hop, arguments.resamples, arguments.seed, config.CONFIDENCE_LEVEL
         ):
             rows.append({"split": split, "hop": hop, **row, **dict(zip(COSTS, costs, strict=True))})
     overall = {row["split"]: row for row in rows if row["domain"] == row["layer"] == "all"}
     overall["problems"]["trace_sha256"] = hashlib.sha256(trace.read_bytes()).hexdigest()
     if done.paired is not None:
-        leak = predictors.leakage(done.paired, arguments.resamples, arguments.seed, config.CONFIDENCE_LEVEL)
+        leak = scoring.leakage(done.paired, arguments.resamples, arguments.seed, config.CONFIDENCE_LEVEL)
         overall["rows"] |= {"paired_rows": leak.pop("rows"), **leak}
     return rows
 
@@ -398,36 +400,36 @@ def result_tables(tables: dict[str, list], seeds: int) -> dict[str, pd.DataFrame
     }
 
 
-def splits_summary(data: predictors.Data, parts: np.ndarray, arguments) -> dict:
+def splits_summary(data: cells.Data, parts: np.ndarray, arguments) -> dict:
     """What splits.json says."""
-    problems = {part: [] for part in predictors.PARTS}
+    problems = {part: [] for part in cells.PARTS}
     for name, part in zip(data.problem_names, parts.tolist(), strict=True):
-        problems[predictors.PARTS[part]].append(name)
+        problems[cells.PARTS[part]].append(name)
     journeys = np.bincount(parts[data.problem], minlength=3).tolist()
-    scored = predictors.scored_journeys(data, parts)
+    scored = scoring.scored_journeys(data, parts)
     hidden = np.bincount(parts[data.problem[data.hidden_row >= 0]], minlength=3).tolist()
-    unit = f"one of {predictors.BLOCKS} runs of consecutive tokens of a problem" if data.in_blocks else "problem"
+    unit = f"one of {cells.BLOCKS} runs of consecutive tokens of a problem" if data.in_blocks else "problem"
     return {
         "unit": unit,
         "seed": arguments.seed,
         "problems": {part: len(names) for part, names in problems.items()},
-        "journeys": dict(zip(predictors.PARTS, journeys, strict=True)),
-        "journeys_with_router_inputs": dict(zip(predictors.PARTS, hidden, strict=True)),
+        "journeys": dict(zip(cells.PARTS, journeys, strict=True)),
+        "journeys_with_router_inputs": dict(zip(cells.PARTS, hidden, strict=True)),
         "scored": {
             "journeys": len(scored),
             "problems": len(np.unique(data.problem[scored])),
             "which": "journeys of test problems" + (" that have router inputs" if data.hidden is not None else "")
             + "; every predictor is scored on the same ones",
         },
-        "stale_gate_at_hop_0": predictors.stale_gate_check(data) if data.hidden is not None else None,
+        "stale_gate_at_hop_0": scoring.stale_gate_check(data) if data.hidden is not None else None,
         "names": problems,
     }  # fmt: skip
 
 
-def simulate(arguments, tables: dict[str, list], data: predictors.Data, parts: np.ndarray, folder: Path) -> list[dict]:
+def simulate(arguments, tables: dict[str, list], data: cells.Data, parts: np.ndarray, folder: Path) -> list[dict]:
     """Rows of cache_curves.csv: the trace of test problems, prefetching with each predictor at the smallest hop."""
-    rows = predictors.scored_journeys(data, parts)
-    training = data.experts[parts[data.problem] == predictors.PARTS.index("train")]
+    rows = scoring.scored_journeys(data, parts)
+    training = data.experts[parts[data.problem] == cells.PARTS.index("train")]
     frequencies = measures.expert_counts(training, data.num_experts).sum(axis=1)
     hop, predictions = arguments.hops[0], {}
     for name, found in tables.items():
@@ -446,7 +448,7 @@ def percent(value) -> str:
     return "-" if value is None or value == "" or not np.isfinite(float(value)) else f"{100 * float(value):.1f}"
 
 
-def show(files: dict[str, pd.DataFrame], curves: list[dict], arguments, data: predictors.Data, splits: dict) -> None:
+def show(files: dict[str, pd.DataFrame], curves: list[dict], arguments, data: cells.Data, splits: dict) -> None:
     """Predictors, leak against honest, and what a cache would gain."""
     chance = 1 / data.num_experts
     frame = files["predictors.csv"]
@@ -503,7 +505,7 @@ def main() -> None:
     data, identity = read_data(arguments, folder)
     names = chosen(arguments, data)
     settings = make_settings(arguments, data.num_experts, folder)
-    parts = predictors.problem_parts(data, arguments.seed)
+    parts = cells.problem_parts(data, arguments.seed)
     meta = results.run_meta(
         vars(arguments) | {"settings": settings}, {"name": arguments.model}, identity,
         {"split": arguments.seed, "training": list(range(arguments.seed, arguments.seed + arguments.seeds))},
@@ -511,8 +513,8 @@ def main() -> None:
     )  # fmt: skip
     written = []
     if arguments.tune:
-        split = predictors.split_by_problem(data, parts, arguments.hops[0])
-        best, tried = predictors.tune(data, split.train, split.validation, settings, arguments.tune, arguments.seed)
+        split = cells.split_by_problem(data, parts, arguments.hops[0])
+        best, tried = networks.tune(data, split.train, split.validation, settings, arguments.tune, arguments.seed)
         written.append(results.write_json(folder / TUNED, {"setting": asdict(best), "hop": arguments.hops[0],
                                                            "networks": tried}, meta))  # fmt: skip
         settings = replace(settings, mlp_tuned=best)

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 
 from src.base import results
-from src.journeys import predictors
-from src.journeys.store import Journeys, export_rows, routers_file, shard_name, write_hidden, write_shard
+from src.journeys import predictors, scoring
+from src.journeys.records import export_rows
+from src.journeys.store import Journeys, routers_file, shard_name, write_hidden, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 MIXTRAL = ROOT.parent / "shared" / "mixtral_routing"
@@ -210,7 +211,7 @@ def untimed(folder: Path) -> dict[str, object]:
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_files(finished, store, tmp_path, monkeypatch):
-    study = predictors.study
+    study = scoring.study
     done = []
 
     def dies(name, *arguments, **options):
@@ -233,7 +234,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_files(finished, store
 
 
 def test_only_what_changed_runs_again(store, tmp_path, monkeypatch):
-    study, done = predictors.study, []
+    study, done = scoring.study, []
     monkeypatch.setattr(
         predictors, "study", lambda name, *rest, **more: done.append(name) or study(name, *rest, **more)
     )
@@ -265,7 +266,7 @@ def test_tune_saves_its_setting_and_the_next_run_uses_it(bare_store, tmp_path, m
     assert len(tuned["networks"]) == 2
     best = min(tuned["networks"], key=lambda one: one["validation_loss"])
     assert {key: value for key, value in best.items() if key != "validation_loss"} == tuned["setting"]
-    study, done = predictors.study, []
+    study, done = scoring.study, []
     monkeypatch.setattr(predictors, "study", lambda *rest: done.append(rest[4].mlp_tuned) or study(*rest))
     run(*common, "--predictors", "mlp_tuned")
     assert not done  # the same setting: finished
