@@ -28,6 +28,7 @@ import config
 from src.base import results, text_data
 from src.eval_utils import WindowRef, model_device, peak_memory_gb, reset_peak_memory, score_documents
 from src.journeys import collection, measures, store, tables
+from src.journeys.sample import Sample
 from src.models import costs
 from src.models.families import context_length, memory_estimate
 from src.models.loading import load_model
@@ -293,7 +294,7 @@ def benchmark_collect(model, tokenizer, arguments) -> dict:
 # ---- journeys
 
 
-def random_journeys(count: int, seed: int, num_layers: int = 32, num_experts: int = 8) -> tables.Sample:
+def random_journeys(count: int, seed: int, num_layers: int = 32, num_experts: int = 8) -> Sample:
     """Journeys of Mixtral's shape, top 2: an expert follows from the one before it in 4 of 10 layers; two domains."""
     rng = np.random.default_rng(seed)
     experts = np.empty((count, num_layers, 2), dtype=np.uint8)
@@ -310,7 +311,7 @@ def random_journeys(count: int, seed: int, num_layers: int = 32, num_experts: in
         gates[:, layer, 1] = 1 - gates[:, layer, 0].astype(np.float32)
     length = 135  # tokens of a problem: 44,283 journeys make 328 problems
     problems = np.arange(count) // length
-    return tables.Sample(
+    return Sample(
         experts=experts,
         gating_probs=gates,
         num_experts=num_experts,
@@ -326,7 +327,7 @@ def random_journeys(count: int, seed: int, num_layers: int = 32, num_experts: in
     )
 
 
-def in_arrays(sample: tables.Sample) -> list[np.ndarray]:
+def in_arrays(sample: Sample) -> list[np.ndarray]:
     """Distribution [L, E] in percent, affinity [L, L], hop accuracy [L-1], correlation of ids [L, L]."""
     counts = measures.expert_counts(sample.experts, sample.num_experts)[:, 0]
     columns = measures.strongest(sample.experts, sample.num_experts)

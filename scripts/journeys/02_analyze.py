@@ -18,6 +18,7 @@ import config
 from src.base import results
 from src.journeys import tables
 from src.journeys.records import read_input
+from src.journeys.sample import to_sample
 from src.journeys.store import Journeys, read_journeys, shard_files
 
 # What --quick draws at most.
@@ -179,7 +180,7 @@ def main() -> None:
         top=arguments.top,
         top_tokens=arguments.top_tokens,
     )
-    sample = tables.prepare(journeys, config.JOURNEY_DATASETS)
+    sample = to_sample(journeys, config.JOURNEY_DATASETS)
     if not sample.clusters.any():
         print("note: one problem only: no out-of-sample accuracy and no interval", file=sys.stderr)
     meta = results.run_meta(

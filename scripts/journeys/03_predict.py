@@ -24,8 +24,8 @@ from src.journeys import cells, expert_cache, measures, networks, predictors, sc
 from src.journeys.networks import Network, Settings
 from src.journeys.predictors import PREDICTORS
 from src.journeys.records import read_input
+from src.journeys.sample import to_sample as prepare
 from src.journeys.store import read_hidden, read_journeys, shard_files, shard_run
-from src.journeys.tables import prepare
 
 # Flags that only imported records have.
 IMPORT_FLAGS = ("limit", "strict", "num_experts")

@@ -29,7 +29,7 @@ class Data:
     experts [N, L, K] int16: strongest first, -1 is none. gates [N, L, K] float32: 0 where unknown. position [N]: of the
     token in its problem. problem [N]: 0 .. P-1. previous [N]: row of the problem's token before, or -1.
     problem_names, domain_of_problem [P]; domain_names; layers: the L layers' numbers in the model.
-    hidden: `journeys.Hidden` or None; hidden_row [N]: a journey's row in it, or -1.
+    hidden: `store.Hidden` or None; hidden_row [N]: a journey's row in it, or -1.
     in_blocks: runs of tokens stand in for problems, because there are fewer than MIN_PROBLEMS.
     """
 
@@ -54,7 +54,7 @@ class Data:
 
 
 def prepare(sample, hidden=None) -> Data:
-    """`journey_tables.prepare`'s sample, and the router inputs from `journeys.read_hidden`, as predictors need them.
+    """The arrays of a `Sample`, and the router inputs from `store.read_hidden`, as predictors need them.
 
     Router inputs are left out where fewer than MIN_PROBLEMS problems have them: no split would have some in each part.
     """

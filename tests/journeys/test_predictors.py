@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from src.base import stats
-from src.journeys import networks, predictors, scoring, tables
+from src.journeys import networks, predictors, scoring
 from src.journeys.cells import Cells, Data, cells_of, prepare, problem_parts, split_by_problem, split_by_row, targets_of
 from src.journeys.networks import Network, Settings
 from src.journeys.predictors import fit
+from src.journeys.sample import to_sample
 
 E, K = 5, 2
 SETTINGS = Settings(
@@ -45,7 +46,7 @@ def sample_of(first: np.ndarray, problems: int, domains: int = 2, num_experts: i
         layers=tuple(range(3, 3 + first.shape[1])),
         num_experts=num_experts,
     )
-    return tables.prepare(journeys)
+    return to_sample(journeys)
 
 
 def chain(rows: int, layers: int, order: int, strength: float, seed: int = 0) -> np.ndarray:

@@ -15,7 +15,8 @@ import pytest
 
 import config
 from src.base import results
-from src.journeys import tables as tables
+from src.journeys import tables
+from src.journeys.sample import to_sample
 from src.journeys.store import Journeys, shard_name, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +105,7 @@ def write_token_files(journeys, root: Path) -> Path:
 
 
 def analyzed(journeys, settings: tables.Settings = QUICK) -> dict:
-    return tables.analyze(tables.prepare(journeys, config.JOURNEY_DATASETS), settings)
+    return tables.analyze(to_sample(journeys, config.JOURNEY_DATASETS), settings)
 
 
 @pytest.fixture(scope="module")
@@ -119,19 +120,19 @@ def files(journeys):
 
 # -- preparing
 def test_prepare(journeys):
-    sample = tables.prepare(journeys, ["humaneval", "gsm8k"])
+    sample = to_sample(journeys, ["humaneval", "gsm8k"])
     assert sample.domain_names == ("humaneval", "gsm8k")
     assert [sample.domain_names[i] for i in sample.domains] == journeys.dataset.tolist()
     pairs = list(zip(journeys.dataset.tolist(), journeys.problem_id.tolist(), strict=True))
     assert len(set(zip(pairs, sample.clusters.tolist(), strict=True))) == len(set(pairs)) == 2 * PROBLEMS
     assert sample.token_ids[sample.tokens].tolist() == journeys.token_id.tolist()
     assert [sample.token_names[i] for i in sample.tokens] == journeys.token.tolist()
-    assert tables.prepare(journeys).domain_names == ("gsm8k", "humaneval")
+    assert to_sample(journeys).domain_names == ("gsm8k", "humaneval")
     shuffled = np.random.default_rng(0).permutation(len(pairs))
     mixed = SimpleNamespace(**vars(journeys))
     for name in ("dataset", "problem_id", "token_id", "token"):
         setattr(mixed, name, getattr(journeys, name)[shuffled])
-    again = tables.prepare(mixed, ["humaneval", "gsm8k"])
+    again = to_sample(mixed, ["humaneval", "gsm8k"])
     for name in ("domains", "clusters", "tokens"):
         np.testing.assert_array_equal(getattr(again, name), getattr(sample, name)[shuffled])
 
@@ -139,14 +140,14 @@ def test_prepare(journeys):
 def test_tokens_without_ids_or_texts(journeys):
     rows = len(journeys.token)
     no_ids = SimpleNamespace(**vars(journeys) | {"token_id": np.full(rows, -1)})
-    sample = tables.prepare(no_ids)
+    sample = to_sample(no_ids)
     assert [sample.token_names[i] for i in sample.tokens] == journeys.token.tolist()
     neither = SimpleNamespace(**vars(no_ids) | {"token": np.full(rows, "")})
-    sample = tables.prepare(neither)
+    sample = to_sample(neither)
     assert (sample.tokens == -1).all() and sample.token_names == ()
     ids, texts = journeys.token_id.copy(), journeys.token.copy()
     ids[5], texts[5] = -1, ""
-    sample = tables.prepare(SimpleNamespace(**vars(journeys) | {"token_id": ids, "token": texts}))
+    sample = to_sample(SimpleNamespace(**vars(journeys) | {"token_id": ids, "token": texts}))
     assert np.flatnonzero(sample.tokens == -1).tolist() == [5]
 
 
@@ -161,7 +162,7 @@ def test_tokens_without_ids_or_texts(journeys):
 )
 def test_prepare_refuses(journeys, changes, words):
     with pytest.raises(ValueError, match=words):
-        tables.prepare(SimpleNamespace(**vars(journeys) | changes))
+        to_sample(SimpleNamespace(**vars(journeys) | changes))
 
 
 # -- tables
