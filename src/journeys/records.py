@@ -5,10 +5,12 @@ One JSON object per (token, layer):
 either in one file, in any order, or in one file per token, `<dataset>_tokens/p<problem>_token_<idx>.jsonl`.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +21,7 @@ from tqdm.auto import tqdm
 
 from src.base.errors import UserError
 from src.base.results import model_slug
-from src.journeys.store import Journeys, expert_dtype, read_journeys, shard_files, whole_file
+from src.journeys.store import COLLECT, Journeys, expert_dtype, read_journeys, shard_files, whole_file
 
 # How far gate probabilities may sum from 1: float16 has 11 bits, and K of them are added.
 SUM_TOLERANCE = 2e-3
@@ -105,6 +107,52 @@ def read_input(
     if path.is_file():
         return import_rows(path, strict, num_experts, model)
     return import_token_files(path, limit, strict, num_experts, model)
+
+
+def open_journeys(
+    source: Path | None, folder: Path, limit: int | None, strict: bool, num_experts: int | None, model: str
+) -> tuple[Journeys, bool]:
+    """(the journeys of --input, or those collected in `folder`; whether they were imported from records).
+
+    What an import left out is said on stderr; the other arguments are those of `read_input`. Raises UserError where
+    there are no journeys.
+    """
+    if source is None:
+        if not shard_files(folder):
+            raise UserError(f"no journeys in {folder}; give --input, or collect them first", COLLECT)
+        return read_journeys(folder), False
+    journeys, report = read_input(source, limit, strict, num_experts, model)
+    if report is not None:
+        print(*report.lines(), sep="\n", file=sys.stderr)
+    return journeys, report is not None
+
+
+def in_file_order(journeys: Journeys, datasets: Sequence[str]) -> Journeys:
+    """Journeys in the order in which the reference reads token files: by data set, then by file name as text.
+
+    It decides which of equally common paths comes first, and which journeys are the examples. `datasets` come first,
+    in their order.
+    """
+    names = journeys.dataset.tolist()
+    place = {name: (datasets.index(name) if name in datasets else len(datasets), name) for name in set(names)}
+    files = zip(journeys.problem_id.tolist(), journeys.token_idx.tolist(), strict=True)
+    keys = [
+        (place[name], f"p{problem}_token_{token}.jsonl") for name, (problem, token) in zip(names, files, strict=True)
+    ]
+    return journeys.select(sorted(range(len(keys)), key=keys.__getitem__))
+
+
+def identity(journeys: Journeys, source: Path) -> dict:
+    """Which journeys these are: where they lay, how many, and a hash over their routing (whatever the file format)."""
+    digest = hashlib.sha256()
+    for start in range(0, len(journeys.experts), 1_000_000):
+        rows = slice(start, start + 1_000_000)
+        for values, kind in (
+            (journeys.problem_id, "<i4"), (journeys.token_idx, "<i4"), (journeys.experts, "<i2"),
+            (journeys.gating_probs, "<f2"),
+        ):  # fmt: skip
+            digest.update(np.ascontiguousarray(values[rows], dtype=kind))
+    return {"source": source, "journeys": len(journeys.experts), "sha256": digest.hexdigest()}
 
 
 def import_rows(
@@ -256,6 +304,27 @@ def infer_num_experts(experts: np.ndarray) -> int:
     return int(values[-1]) + 1 if len(values) else 1
 
 
+def _ranked(
+    experts: np.ndarray, probs: np.ndarray, num_experts: int, file: np.ndarray, line: np.ndarray, faults: _Faults
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(experts [R, K] and probabilities, the strongest first; which rows [R] have a fault, which is counted)."""
+    # Padding (-1, probability 0) stays last
+    order = np.argsort(-np.where(experts < 0, -1.0, np.nan_to_num(probs, nan=0.0)), axis=1, kind="stable")
+    experts, probs = np.take_along_axis(experts, order, 1), np.take_along_axis(probs, order, 1)
+    out_of_range = ((experts < -1) | (experts >= num_experts)).any(axis=1)
+    ranked = np.sort(experts, axis=1)
+    twice = ((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)).any(axis=1) & ~out_of_range
+    total = probs.sum(axis=1)
+    empty = (experts == -1).all(axis=1)
+    unknown = np.isnan(probs).all(axis=1)
+    wrong_sum = ~(np.abs(total - np.where(empty, 0.0, 1.0)) <= SUM_TOLERANCE) & ~unknown
+    wrong_sum |= ~unknown & ((probs < 0) | ((experts == -1) & (probs != 0))).any(axis=1)
+    bad = out_of_range | twice | wrong_sum
+    for kind, mask in ((EXPERTS_OUT_OF_RANGE, out_of_range), (EXPERT_TWICE, twice), (BAD_SUM, wrong_sum)):
+        faults.add_rows(kind, np.flatnonzero(mask), file, line)
+    return experts, probs, bad
+
+
 def _import(
     files: Sequence[Path], strict: bool, num_experts: int | None, model: str, names: Callable[[Path], tuple]
 ) -> tuple[Journeys, ImportReport]:
@@ -276,20 +345,7 @@ def _import(
     inferred = num_experts is None
     num_experts = infer_num_experts(experts) if inferred else num_experts
 
-    # strongest first; padding (-1, probability 0) stays last
-    order = np.argsort(-np.where(experts < 0, -1.0, np.nan_to_num(probs, nan=0.0)), axis=1, kind="stable")
-    experts, probs = np.take_along_axis(experts, order, 1), np.take_along_axis(probs, order, 1)
-    out_of_range = ((experts < -1) | (experts >= num_experts)).any(axis=1)
-    ranked = np.sort(experts, axis=1)
-    twice = ((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)).any(axis=1) & ~out_of_range
-    total = probs.sum(axis=1)
-    empty = (experts == -1).all(axis=1)
-    unknown = np.isnan(probs).all(axis=1)
-    wrong_sum = ~(np.abs(total - np.where(empty, 0.0, 1.0)) <= SUM_TOLERANCE) & ~unknown
-    wrong_sum |= ~unknown & ((probs < 0) | ((experts == -1) & (probs != 0))).any(axis=1)
-    bad = out_of_range | twice | wrong_sum
-    for kind, mask in ((EXPERTS_OUT_OF_RANGE, out_of_range), (EXPERT_TWICE, twice), (BAD_SUM, wrong_sum)):
-        faults.add_rows(kind, np.flatnonzero(mask), file, line)
+    experts, probs, bad = _ranked(experts, probs, num_experts, file, line, faults)
 
     # rows sorted by journey and layer; a stable sort keeps the first of two equal rows first
     rank = np.argsort(np.argsort(rows.names))  # of each data set's name

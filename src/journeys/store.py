@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from src.base.errors import UserError
 from src.base.results import model_slug
 
+COLLECT = "scripts/journeys/01_collect.py"  # the script that makes what is missing
 ROWS_PER_GROUP = 65_536  # of a Parquet file: groups are read in parallel
 _METADATA = b"journeys"
 
@@ -165,7 +166,9 @@ def _shard_metadata(path: Path) -> dict:
         metadata = pq.read_schema(path, memory_map=True).metadata or {}
         return json.loads(metadata[_METADATA])
     except (pa.ArrowInvalid, KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged, or no shard of a journey store; delete it and collect again") from error
+        raise UserError(
+            f"{path} is damaged, or no shard of a journey store; delete it and collect again", COLLECT
+        ) from error
 
 
 def read_journeys(path: str | os.PathLike) -> Journeys:
@@ -176,7 +179,7 @@ def read_journeys(path: str | os.PathLike) -> Journeys:
     path = Path(path)
     files = [path] if path.is_file() else shard_files(path)
     if not files:
-        raise UserError(f"no journeys in {path}; run python scripts/journeys/01_collect.py first")
+        raise UserError(f"no journeys in {path}; collect them first", COLLECT)
     shape = None
     for file in files:
         metadata = _shard_metadata(file)
@@ -283,7 +286,8 @@ def read_hidden(folder: str | os.PathLike) -> Hidden | None:
         if part.shape != (count, num_layers, width):
             raise UserError(
                 f"{hidden_file(shard)} has shape {part.shape}, but {shard.name} needs {(count, num_layers, width)}; "
-                "delete it and run 08 again"
+                "delete it and collect again",
+                COLLECT,
             )
         states.append(part)
     rows = np.concatenate([np.arange(first, first + count) for _, first, count in wanted])
@@ -298,9 +302,9 @@ def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         with np.load(path) as arrays:
             return dict(arrays)
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; run 08 again as before, and it makes what is missing") from error
+        raise UserError(f"{path} is missing; collect again as before, which makes what is missing", COLLECT) from error
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged; delete it and run 08 again") from error
+        raise UserError(f"{path} is damaged; delete it and collect again", COLLECT) from error
 
 
 def _strings(column: pa.ChunkedArray, dtype: type) -> np.ndarray:

@@ -101,6 +101,13 @@ def common(model: Path, data: Path | str, folder: Path) -> list:
             "--shard-problems", 3]  # fmt: skip
 
 
+def for_vllm(model: Path, data: Path, folder: Path) -> list:
+    """As `common`, without the flags that vLLM does not know."""
+    arguments = common(model, data, folder)
+    place = arguments.index("--batch-problems")
+    return [*arguments[:place], *arguments[place + 2 :], "--engine", "vllm"]
+
+
 def folder_of(output: Path, model: Path) -> Path:
     return results.output_dir(output, model) / "journeys"
 
@@ -352,17 +359,15 @@ def test_refusals(model, data, tmp_path, capsys, monkeypatch):
     empty.write_text(" \n\n")
     assert "empty.txt holds no problem" in refused(capsys, *common(model, empty, tmp_path))
     for flag, value in (("--problems", 0), ("--generate", -1), ("--batch-problems", 0), ("--top-k", 0), ("--seed", -1)):
-        assert f"{flag} is {value}" in refused(capsys, *common(model, data, tmp_path), flag, value)
+        assert f"{flag}: {value} is too small" in refused(capsys, *common(model, data, tmp_path), flag, value)
     assert "choose 2 experts" in refused(capsys, *common(model, data, tmp_path), "--top-k", 3)
-    assert "context of 256" in refused(
-        capsys, *common(model, data, tmp_path), "--prompt-tokens", 250, "--generate", 7
-    )
+    assert "context of 256" in refused(capsys, *common(model, data, tmp_path), "--prompt-tokens", 250, "--generate", 7)
     assert "--device-map auto chooses" in refused(capsys, *common(model, data, tmp_path), "--device-map", "auto")
-    assert "are about --import" in refused(capsys, *common(model, data, tmp_path), "--strict")
+    assert "is about --import-from" in refused(capsys, *common(model, data, tmp_path), "--strict")
     assert "there is no file" in refused(capsys, "--import-from", tmp_path / "no.jsonl", "--output-dir", tmp_path)
     monkeypatch.setitem(sys.modules, "vllm", None)
-    assert "vLLM is not installed" in refused(capsys, *common(model, data, tmp_path), "--engine", "vllm")
-    assert "llama has no router" in refused(capsys, *common(dense, data, tmp_path), "--engine", "vllm")
+    assert "vLLM is not installed" in refused(capsys, *for_vllm(model, data, tmp_path))
+    assert "llama has no router" in refused(capsys, *for_vllm(dense, data, tmp_path))
     assert not list(tmp_path.rglob("*.parquet"))
 
 
@@ -487,7 +492,7 @@ def test_vllm(data, tmp_path, monkeypatch, split, generate):
     model = qwen_folder(tmp_path / "qwen")
     fake = FakeVllm(4, split)
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    run(*common(model, data, tmp_path), "--problems", 2, "--engine", "vllm", "--generate", generate)
+    run(*for_vllm(model, data, tmp_path), "--problems", 2, "--generate", generate)
     assert fake.options["enable_return_routed_experts"] is True and fake.options["model"] == str(model)
     stored = read_journeys(folder_of(tmp_path, model))
     assert stored.layers == (0, 2, 3) and stored.num_experts == 6 and np.isnan(stored.gating_probs).all()
@@ -502,7 +507,7 @@ def test_vllm(data, tmp_path, monkeypatch, split, generate):
 def test_vllm_that_returns_no_experts(data, tmp_path, monkeypatch, capsys):
     model = qwen_folder(tmp_path / "qwen")
     monkeypatch.setitem(sys.modules, "vllm", FakeVllm(7, False))
-    message = refused(capsys, *common(model, data, tmp_path), "--engine", "vllm")
+    message = refused(capsys, *for_vllm(model, data, tmp_path))
     assert "unexpected" not in message and "routed experts of shape" in message
     blockffn = blockffn_folder(tmp_path / "blockffn")
-    assert "vLLM does not run BlockFFN" in refused(capsys, *common(blockffn, data, tmp_path), "--engine", "vllm")
+    assert "vLLM does not run BlockFFN" in refused(capsys, *for_vllm(blockffn, data, tmp_path))

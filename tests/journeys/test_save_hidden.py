@@ -30,6 +30,7 @@ from tests.journeys.test_collection import (
     FakeVllm,
     common,
     folder_of,
+    for_vllm,
     mixtral_folder,
     qwen_folder,
     refused,
@@ -319,12 +320,12 @@ def test_an_older_store_counts_as_one_without(model, data, tmp_path, monkeypatch
 def test_refusals(model, data, tmp_path, capsys, monkeypatch):
     arguments = common(model, data, tmp_path)
     monkeypatch.setitem(sys.modules, "vllm", FakeVllm(3, False))
-    line = refused(capsys, *arguments, "--engine", "vllm", "--hidden-problems", 2)
+    line = refused(capsys, *for_vllm(model, data, tmp_path), "--hidden-problems", 2)
     assert "--hidden-problems needs --engine transformers" in line
-    assert "--hidden-problems is 0" in refused(capsys, *arguments, "--hidden-problems", 0)
+    assert "--hidden-problems: -1 is too small" in refused(capsys, *arguments, "--hidden-problems", -1)
     assert "about --hidden-problems" in refused(capsys, *arguments, "--hidden-dtype", "float16")
     records = tmp_path / "records.jsonl"
-    assert "hold no router inputs" in refused(capsys, "--import-from", records, "--hidden-problems", 2)
+    assert "--hidden-problems has no effect here" in refused(capsys, "--import-from", records, "--hidden-problems", 2)
     assert not folder_of(tmp_path, model).exists()
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 import config
-from src.base import results
+from src.base import cli, results
 from src.journeys import tables
 from src.journeys.sample import to_sample
 from src.journeys.store import Journeys, shard_name, write_shard
@@ -439,12 +439,7 @@ def run(*arguments) -> None:
     spec = importlib.util.spec_from_file_location("analyze_journeys", ROOT / "scripts" / "journeys" / "02_analyze.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    saved = sys.argv
-    sys.argv = ["journeys/02_analyze.py", *map(str, arguments)]
-    try:
-        results.run_main(module.main)
-    finally:
-        sys.argv = saved
+    cli.run_main(lambda: module.main(module.parse([*map(str, arguments)])))
 
 
 def refused(capsys, *arguments) -> str:
@@ -607,16 +602,16 @@ def test_recorded_mixtral_journeys(tmp_path, name, complete):
         ([], "no journeys in"),
         (["--input", "{absent}"], "absent does not exist"),
         (["--input", "{empty}"], "empty"),
-        (["--limit", 3], "--limit is for records given with --input"),
-        (["--strict"], "--strict is for records"),
-        (["--num-experts", 8], "--num-experts is for records"),
+        (["--limit", 3], "--limit has no effect here: it is for records given with --input"),
+        (["--strict"], "--strict has no effect here"),
+        (["--num-experts", 8], "--num-experts has no effect here"),
         (["--input", "{rows}", "--limit", 3], "--limit means nothing for"),
         (["--input", "{rows}", "--num-experts", 2], "experts out of range"),
         (["--input", "{broken}", "--strict"], "line 3"),
-        (["--input", "{root}", "--limit", 0], "--limit is 0"),
-        (["--input", "{root}", "--folds", 1], "--folds is 1; it must be at least 2"),
-        (["--input", "{root}", "--seed", -1], "--seed is -1"),
-        (["--input", "{root}", "--permutations", 0], "--permutations is 0"),
+        (["--input", "{root}", "--limit", 0], "--limit: 0 is too small"),
+        (["--input", "{root}", "--folds", 1], "--folds: 1 is too small"),
+        (["--input", "{root}", "--seed", -1], "--seed: -1 is too small"),
+        (["--input", "{root}", "--permutations", 0], "--permutations: 0 is too small"),
     ],
 )
 def test_refuses_in_one_line(root, tmp_path, capsys, arguments, words):
