@@ -7,7 +7,18 @@ import pytest
 
 from src.base import stats
 from src.journeys import networks, predictors, scoring
-from src.journeys.cells import Cells, Data, cells_of, prepare, problem_parts, split_by_problem, split_by_row, targets_of
+from src.journeys.cells import (
+    PARTS,
+    Cells,
+    Data,
+    cells_of,
+    prepare,
+    problem_parts,
+    split_by_problem,
+    split_by_row,
+    targets_of,
+)
+from src.journeys.measures import problem_folds
 from src.journeys.networks import Network, Settings
 from src.journeys.predictors import fit
 from src.journeys.sample import to_sample
@@ -501,3 +512,53 @@ def test_tuning_starts_from_the_given_setting_and_keeps_the_best(second_order):
     )
     _, loss = networks.fit_history_network("mlp_tuned", second_order, split.train, split.validation, settings, best, 0)
     assert loss == pytest.approx(min(one["validation_loss"] for one in tried))
+
+
+def test_confidence_on_an_edge_counts_to_the_interval_below_it(first_order):
+    """Intervals are open below and closed above: 3/15 and 0.15 lie in the same one, and their gaps add up signed."""
+    two = cells_of(first_order, 1).select(np.arange(2))
+    hits = np.array([[1.0, 1, 0.5, 0], [0.0, 0, 0, 0]])
+    scores = scoring.Scores(hits, np.array([0.2, 0.15]), np.zeros((2, K), dtype=int))
+    totals = scoring.total(first_order, two, scores)
+    assert scoring.calibration_error(totals.bins) == pytest.approx(abs(1 - 0.35) / 2)
+
+
+def test_each_part_of_a_split_is_what_its_name_says(first_order, monkeypatch):
+    """The fourth fold of the problems is for choices and the fifth for scores, in the study as well."""
+    folds = problem_folds(first_order.domain_of_problem, 5, 3)
+    parts = problem_parts(first_order, 3)
+    named = {"train": {0, 1, 2}, "validation": {3}, "test": {4}}
+    assert {name: set(folds[parts == i].tolist()) for i, name in enumerate(PARTS)} == named
+    split = split_by_problem(first_order, parts, 1)
+    for name, of_part in named.items():
+        assert set(folds[first_order.problem[getattr(split, name).journey]].tolist()) == of_part
+    seen = {}
+
+    def watched_fit(name, data, train, validation, *rest):
+        seen["train"], seen["validation"] = train, validation
+        return fit(name, data, train, validation, *rest)
+
+    def watched_evaluate(predictor, data, test, seed):
+        seen["test"] = test
+        return evaluate(predictor, data, test, seed)
+
+    evaluate = scoring.evaluate
+    monkeypatch.setattr(scoring, "fit", watched_fit)
+    monkeypatch.setattr(scoring, "evaluate", watched_evaluate)
+    scoring.study("lookup", first_order, parts, 1, SETTINGS, [0], False)
+    for name, of_part in named.items():
+        assert set(folds[first_order.problem[seen[name].journey]].tolist()) == of_part
+
+
+def test_the_row_split_takes_its_parts_in_the_order_of_their_names(first_order):
+    cells = cells_of(first_order, 1)
+    order = np.random.default_rng([2, 1]).permutation(len(cells))
+    split = split_by_row(first_order, 1, 2)
+    first, second = round(0.6 * len(cells)), round(0.8 * len(cells))
+    for part, rows in (
+        (split.train, order[:first]),
+        (split.validation, order[first:second]),
+        (split.test, order[second:]),
+    ):
+        expected = cells.select(np.sort(rows))
+        assert (part.journey == expected.journey).all() and (part.layer == expected.layer).all()
