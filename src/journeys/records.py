@@ -241,7 +241,7 @@ class _Rows:
 
 
 def _read_rows(files: Sequence[Path], names: Callable[[Path], tuple], faults: _Faults) -> _Rows:
-    """Rows of all files; those that cannot be read are counted in `faults`."""
+    """Rows of all files; those that cannot be read are counted in `faults`. UserError where none can be read."""
     columns = {name: array("q") for name in ("dataset", "problem", "token", "layer", "file", "line", "lengths")}
     experts, probs, datasets, total = array("q"), array("d"), {}, 0
     decoder = json.JSONDecoder(parse_constant=_refuse_constant)
@@ -277,7 +277,10 @@ def _read_rows(files: Sequence[Path], names: Callable[[Path], tuple], faults: _F
                     values = (datasets.setdefault(dataset, len(datasets)), *keys, index, number, len(chosen))
                     for column, value in zip(columns.values(), values, strict=True):
                         column.append(value)
-    arrays = {name: np.frombuffer(column, dtype=np.int64) if column else np.zeros(0, np.int64)
+    if not columns["lengths"]:
+        found = "".join(f"; {_describe(kind, problem)}" for kind, problem in faults.problems.items())
+        raise UserError(f"{_name(files)} holds no (token, layer) row{found}")
+    arrays = {name: np.frombuffer(column, dtype=np.int64)
               for name, column in columns.items()}  # fmt: skip
     return _Rows(**arrays, names=list(datasets), experts=np.array(experts, dtype=np.int64), probs=np.array(probs),
                  total=total)  # fmt: skip
@@ -330,9 +333,6 @@ def _import(
 ) -> tuple[Journeys, ImportReport]:
     faults = _Faults(files)
     rows = _read_rows(files, names, faults)
-    if not len(rows.lengths):
-        found = "".join(f"; {_describe(kind, problem)}" for kind, problem in faults.problems.items())
-        raise UserError(f"{_name(files)} holds no (token, layer) row{found}")
     top_k = int(np.bincount(rows.lengths).argmax())
     fits = rows.lengths == top_k
     faults.add_rows(BAD_ROW, np.flatnonzero(~fits), rows.file, rows.line)
