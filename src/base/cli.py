@@ -86,6 +86,11 @@ def layer_set(text: str) -> str:
 POSITIVE = number(0.0, math.inf, open_low=True, open_high=True)
 SHARE = number(0.0, 1.0, open_low=True, open_high=True)
 PERCENT = number(0.0, 100.0)
+# Those of src/journeys/predictors.py, which takes a second to import.
+PREDICTORS = (
+    "uniform", "majority", "previous_token", "transition", "lookup", "xgboost", "mlp", "mlp_tuned", "stale_gate",
+    "linear_probe", "mlp_probe",
+)  # fmt: skip
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -270,15 +275,18 @@ FLAGS: dict[str, Flag] = {
         "The difference in usage above which an expert prefers a domain.", "JOURNEY_DOMAIN_PERCENT", PERCENT
     ),
     # journeys: predicting
-    "predictors": Flag("The predictors to run; by default all that the data allow.", None, nargs="+", metavar="NAME"),
+    "predictors": Flag(
+        f"The predictors to run, of {', '.join(PREDICTORS)}; by default all that the data allow.", None,
+        choices=PREDICTORS, nargs="+", metavar="NAME",
+    ),
     "hops": Flag("Layers ahead that experts are predicted, separated by commas.", "PREDICT_HOPS", listed(whole(1))),
     "split": Flag(
         "How problems are divided: problems is honest; rows fits every predictor on a leaky split as well, both only "
         "those of --row-predictors.", "PREDICT_SPLIT", choices=("problems", "rows", "both"),
     ),
     "row_predictors": Flag(
-        "The predictors that --split both fits on the leaky split.", "PREDICT_ROW_PREDICTORS", nargs="+",
-        metavar="NAME",
+        "The predictors that --split both fits on the leaky split.", "PREDICT_ROW_PREDICTORS",
+        choices=PREDICTORS, nargs="+", metavar="NAME",
     ),
     "predictor_seeds": Flag("Runs of each predictor, which are averaged.", "PREDICT_SEEDS", whole(1)),
     "tune": Flag(

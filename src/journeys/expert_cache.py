@@ -176,12 +176,7 @@ def cache_curves(
     if not len(trace):
         raise ValueError("the trace holds no tokens")
     trace = trace[:max_tokens]
-    predictions = {name: predicted[:max_tokens] for name, predicted in predictions.items()}
-    for name, predicted in predictions.items():
-        try:
-            _check_predictions(trace, predicted, num_experts, hop)
-        except ValueError as error:
-            raise ValueError(f"predictor {name}: {error}") from error
+    predictions = _beginnings(trace, predictions, num_experts, hop)
     tokens, num_layers, _ = trace.shape
     requests = int(np.count_nonzero(trace >= 0))
     transfer_ms = [load_ms(expert_bytes, bandwidth) for bandwidth in bandwidths_gb_s]
@@ -247,6 +242,17 @@ def _check_predictions(trace, predicted, num_experts, hop):
         raise ValueError(f"hop {hop}: predictions come at least one layer ahead")
     if (predicted[:, :hop] >= 0).any():
         raise ValueError(f"the first {hop} layers have no layer {hop} before them: their predictions must be -1")
+
+
+def _beginnings(trace, predictions, num_experts, hop):
+    """What each predictor expects for the trace's tokens; ValueError, with its name, where that does not fit."""
+    found = {name: predicted[: len(trace)] for name, predicted in predictions.items()}
+    for name, predicted in found.items():
+        try:
+            _check_predictions(trace, predicted, num_experts, hop)
+        except ValueError as error:
+            raise ValueError(f"predictor {name}: {error}") from error
+    return found
 
 
 def _sizes(capacities, num_experts, scope, num_layers):

@@ -9,7 +9,8 @@ from torch import nn
 
 from src.base.timing import clock, cost, in_turns
 from src.eval_utils import model_device, peak_memory_gb, reset_peak_memory
-from src.journeys import collection, measures, store, tables
+from src.journeys import collection, measures, store
+from src.journeys.sample import Sample
 from src.routing_extractor import TopKExtractor, router_shape
 
 
@@ -87,7 +88,7 @@ def analysis_speed(count: int, seed: int, rounds: int, loops: bool = True) -> di
     return figures
 
 
-def random_journeys(count: int, seed: int, num_layers: int = 32, num_experts: int = 8) -> tables.Sample:
+def random_journeys(count: int, seed: int, num_layers: int = 32, num_experts: int = 8) -> Sample:
     """Journeys of Mixtral's shape, top 2: an expert follows from the one before it in 4 of 10 layers; two domains."""
     rng = np.random.default_rng(seed)
     experts = np.empty((count, num_layers, 2), dtype=np.uint8)
@@ -104,7 +105,7 @@ def random_journeys(count: int, seed: int, num_layers: int = 32, num_experts: in
         gates[:, layer, 1] = 1 - gates[:, layer, 0].astype(np.float32)
     length = 135  # tokens of a problem: 44,283 journeys make 328 problems
     problems = np.arange(count) // length
-    return tables.Sample(
+    return Sample(
         experts=experts,
         gating_probs=gates,
         num_experts=num_experts,
@@ -120,7 +121,7 @@ def random_journeys(count: int, seed: int, num_layers: int = 32, num_experts: in
     )
 
 
-def in_arrays(sample: tables.Sample) -> list[np.ndarray]:
+def in_arrays(sample: Sample) -> list[np.ndarray]:
     """Distribution [L, E] in percent, affinity [L, L], hop accuracy [L-1], correlation of ids [L, L]."""
     counts = measures.expert_counts(sample.experts, sample.num_experts)[:, 0]
     columns = measures.strongest(sample.experts, sample.num_experts)
@@ -133,7 +134,7 @@ def in_arrays(sample: tables.Sample) -> list[np.ndarray]:
     ]
 
 
-def as_dicts(sample: tables.Sample) -> list[list[dict]]:
+def as_dicts(sample: Sample) -> list[list[dict]]:
     """The journeys as `in_loops` takes them: each a list of one dict per layer."""
     return [
         [{"layer": layer, "experts": pair} for layer, pair in enumerate(journey)] for journey in sample.experts.tolist()

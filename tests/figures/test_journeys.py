@@ -23,6 +23,7 @@ from src.base import results
 from src.figures import hybrid
 from src.figures import journeys as drawing
 from src.journeys import tables
+from src.journeys.sample import to_sample
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "notebooks" / "moe_routing_analysis.ipynb"
@@ -75,7 +76,7 @@ def write_results(folder, collected):
     script = script_09()
     settings = tables.Settings(folds=3, permutations=99, resamples=40, path_lengths=(2, 4, 8))
     meta = results.run_meta({}, None, None, {}, time.time(), "cpu", "float64")
-    sample = tables.prepare(collected, config.JOURNEY_DATASETS)
+    sample = to_sample(collected, config.JOURNEY_DATASETS)
     for name, content in tables.analyze(sample, settings).items():
         script.write(folder / name, content, meta)
     return folder

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from src.base import results
+from src.base import cli, results
 from src.base.errors import UserError
 from src.journeys import collection
 from src.journeys.collection import Problem, collect, encode_prompts, load_problems, token_texts
@@ -80,12 +80,9 @@ def run(*arguments) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    saved = sys.argv
-    sys.argv = ["journeys/01_collect.py", *map(str, arguments)]
     try:
-        results.run_main(module.main)
+        cli.run_main(lambda: module.main(module.parse([*map(str, arguments)])))
     finally:
-        sys.argv = saved
         del sys.modules[spec.name]
 
 
@@ -100,8 +97,15 @@ def refused(capsys, *arguments, code: int = 2) -> str:
 
 
 def common(model: Path, data: Path | str, folder: Path) -> list:
-    return ["--model", model, "--dataset", data, "--output-dir", folder, "--device", "cpu", "--batch-size", 2,
+    return ["--model", model, "--datasets", data, "--output-dir", folder, "--device", "cpu", "--batch-problems", 2,
             "--shard-problems", 3]  # fmt: skip
+
+
+def for_vllm(model: Path, data: Path, folder: Path) -> list:
+    """As `common`, without the flags that vLLM does not know."""
+    arguments = common(model, data, folder)
+    place = arguments.index("--batch-problems")
+    return [*arguments[:place], *arguments[place + 2 :], "--engine", "vllm"]
 
 
 def folder_of(output: Path, model: Path) -> Path:
@@ -283,7 +287,7 @@ def test_export_and_import(collected, model, data, tmp_path, capsys):
     rows = folder_of(collected, model) / "routing_rows.jsonl"
     assert len(rows.read_text().splitlines()) == 3 * len(stored)
     for source in (folder.parent, rows):
-        run("--import", source, "--strict", "--output-dir", tmp_path)
+        run("--import-from", source, "--strict", "--output-dir", tmp_path)
         back = read_journeys(tmp_path / source.stem / "journeys")
         np.testing.assert_array_equal(back.experts, stored.experts)
         np.testing.assert_array_equal(back.gating_probs, stored.gating_probs)
@@ -293,9 +297,9 @@ def test_export_and_import(collected, model, data, tmp_path, capsys):
     lines = rows.read_text().splitlines()
     broken = tmp_path / "broken.jsonl"
     broken.write_text("\n".join([lines[0][:30], *lines[1:]]))
-    assert "broken JSON: 1" in (line := refused(capsys, "--import", broken, "--strict", "--output-dir", tmp_path))
+    assert "broken JSON: 1" in (line := refused(capsys, "--import-from", broken, "--strict", "--output-dir", tmp_path))
     assert "broken.jsonl, line 1" in line and not (tmp_path / "broken").exists()
-    run("--import", broken, "--output-dir", tmp_path)
+    run("--import-from", broken, "--output-dir", tmp_path)
     assert "incomplete journey: 1" in capsys.readouterr().err
     assert len(read_journeys(tmp_path / "broken" / "journeys")) == len(stored) - 1
 
@@ -354,18 +358,16 @@ def test_refusals(model, data, tmp_path, capsys, monkeypatch):
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n\n")
     assert "empty.txt holds no problem" in refused(capsys, *common(model, empty, tmp_path))
-    for flag, value in (("--problems", 0), ("--generate", -1), ("--batch-size", 0), ("--top-k", 0), ("--seed", -1)):
-        assert f"{flag} is {value}" in refused(capsys, *common(model, data, tmp_path), flag, value)
+    for flag, value in (("--problems", 0), ("--generate", -1), ("--batch-problems", 0), ("--top-k", 0), ("--seed", -1)):
+        assert f"{flag}: {value} is too small" in refused(capsys, *common(model, data, tmp_path), flag, value)
     assert "choose 2 experts" in refused(capsys, *common(model, data, tmp_path), "--top-k", 3)
-    assert "context of 256" in refused(
-        capsys, *common(model, data, tmp_path), "--max-prompt-tokens", 250, "--generate", 7
-    )
+    assert "context of 256" in refused(capsys, *common(model, data, tmp_path), "--prompt-tokens", 250, "--generate", 7)
     assert "--device-map auto chooses" in refused(capsys, *common(model, data, tmp_path), "--device-map", "auto")
-    assert "are about --import" in refused(capsys, *common(model, data, tmp_path), "--strict")
-    assert "there is no file" in refused(capsys, "--import", tmp_path / "no.jsonl", "--output-dir", tmp_path)
+    assert "is about --import-from" in refused(capsys, *common(model, data, tmp_path), "--strict")
+    assert "there is no file" in refused(capsys, "--import-from", tmp_path / "no.jsonl", "--output-dir", tmp_path)
     monkeypatch.setitem(sys.modules, "vllm", None)
-    assert "vLLM is not installed" in refused(capsys, *common(model, data, tmp_path), "--engine", "vllm")
-    assert "llama has no router" in refused(capsys, *common(dense, data, tmp_path), "--engine", "vllm")
+    assert "vLLM is not installed" in refused(capsys, *for_vllm(model, data, tmp_path))
+    assert "llama has no router" in refused(capsys, *for_vllm(dense, data, tmp_path))
     assert not list(tmp_path.rglob("*.parquet"))
 
 
@@ -490,7 +492,7 @@ def test_vllm(data, tmp_path, monkeypatch, split, generate):
     model = qwen_folder(tmp_path / "qwen")
     fake = FakeVllm(4, split)
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    run(*common(model, data, tmp_path), "--problems", 2, "--engine", "vllm", "--generate", generate)
+    run(*for_vllm(model, data, tmp_path), "--problems", 2, "--generate", generate)
     assert fake.options["enable_return_routed_experts"] is True and fake.options["model"] == str(model)
     stored = read_journeys(folder_of(tmp_path, model))
     assert stored.layers == (0, 2, 3) and stored.num_experts == 6 and np.isnan(stored.gating_probs).all()
@@ -505,7 +507,7 @@ def test_vllm(data, tmp_path, monkeypatch, split, generate):
 def test_vllm_that_returns_no_experts(data, tmp_path, monkeypatch, capsys):
     model = qwen_folder(tmp_path / "qwen")
     monkeypatch.setitem(sys.modules, "vllm", FakeVllm(7, False))
-    message = refused(capsys, *common(model, data, tmp_path), "--engine", "vllm")
+    message = refused(capsys, *for_vllm(model, data, tmp_path))
     assert "unexpected" not in message and "routed experts of shape" in message
     blockffn = blockffn_folder(tmp_path / "blockffn")
-    assert "vLLM does not run BlockFFN" in refused(capsys, *common(blockffn, data, tmp_path), "--engine", "vllm")
+    assert "vLLM does not run BlockFFN" in refused(capsys, *for_vllm(blockffn, data, tmp_path))

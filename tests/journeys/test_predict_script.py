@@ -2,16 +2,16 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from src.base import results
-from src.journeys import predictors
-from src.journeys.store import Journeys, export_rows, routers_file, shard_name, write_hidden, write_shard
+from src.base import cli, results
+from src.journeys import predictors, scoring
+from src.journeys.records import export_rows
+from src.journeys.store import Journeys, routers_file, shard_name, write_hidden, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 MIXTRAL = ROOT.parent / "shared" / "mixtral_routing"
@@ -25,7 +25,7 @@ CACHE_COLUMNS = (
     "policy predictor scope capacity bandwidth_gb_s hit_rate mb_per_token stall_ms_per_token ms_per_token speedup "
     "tokens"
 )
-FAST = ("--epochs", 1, "--train-rows", 300, "--xgboost-rows", 200, "--xgboost-rounds", 2, "--resamples", 40,
+FAST = ("--epochs", 1, "--train-rows", 300, "--xgboost-values", 1000, "--xgboost-rounds", 2, "--resamples", 40,
         "--cache-tokens", 30, "--bandwidths", 25)  # fmt: skip
 
 
@@ -87,12 +87,7 @@ def run(*arguments) -> None:
     spec = importlib.util.spec_from_file_location("predict_experts", ROOT / "scripts" / "journeys" / "03_predict.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    saved = sys.argv
-    sys.argv = ["journeys/03_predict.py", *map(str, arguments)]
-    try:
-        results.run_main(module.main)
-    finally:
-        sys.argv = saved
+    cli.run_main(lambda: module.main(module.parse([*map(str, arguments)])))
 
 
 def refused(capsys, *arguments) -> str:
@@ -186,10 +181,10 @@ def test_cache_curves_use_the_trace_of_test_problems(finished):
 def test_report(finished, store, capsys):
     run("--input", store, "--model", "some/model", "--output-dir", finished.parents[1], *FAST)
     shown = capsys.readouterr().out
-    assert "11 of 11 runs were finished earlier" in shown
+    assert "reused from an earlier run: uniform at hop 1, majority at hop 1" in shown and "computed" not in shown
     assert "stale gate at hop 0: 100.0000 % of 960" in shown
     assert "split by row (leaks) and by problem (honest)" in shown and "theory only" in shown
-    uniform = next(line for line in shown.splitlines() if " uniform " in line)
+    uniform = next(line for line in shown.splitlines() if line.split()[1:2] == ["uniform"])
     assert "+0.0" in uniform and "1.0x" in uniform and "20.0" in uniform
     assert shown.rstrip().endswith("next: jupyter lab notebooks/moe_routing_analysis.ipynb")
 
@@ -198,7 +193,7 @@ def test_report(finished, store, capsys):
 def untimed(folder: Path) -> dict[str, object]:
     """Every file of results without times: CSV tables without timing columns, the others' bytes."""
     found = {}
-    for file in sorted(folder.rglob("*")):
+    for file in sorted(folder.glob("*")):  # not the pieces, which hold times
         if file.name.endswith(".csv"):
             frame = pd.read_csv(file, dtype=str, keep_default_na=False)
             found[str(file.relative_to(folder))] = frame.drop(
@@ -210,7 +205,7 @@ def untimed(folder: Path) -> dict[str, object]:
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_files(finished, store, tmp_path, monkeypatch):
-    study = predictors.study
+    study = scoring.study
     done = []
 
     def dies(name, *arguments, **options):
@@ -220,24 +215,20 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_files(finished, store
         return study(name, *arguments, **options)
 
     common = ("--input", store, "--model", "some/model", "--output-dir", tmp_path, *FAST)
-    monkeypatch.setattr(predictors, "study", dies)
+    monkeypatch.setattr(scoring, "study", dies)
     with pytest.raises(SystemExit) as stop:
         run(*common)
     assert stop.value.code == 130 and done == list(predictors.PREDICTORS[:6])
-    monkeypatch.setattr(
-        predictors, "study", lambda name, *rest, **more: done.append(name) or study(name, *rest, **more)
-    )
+    monkeypatch.setattr(scoring, "study", lambda name, *rest, **more: done.append(name) or study(name, *rest, **more))
     run(*common)
     assert done == list(predictors.PREDICTORS)
     assert untimed(outputs(tmp_path)) == untimed(finished)  # and so the same seed gives the same files
 
 
 def test_only_what_changed_runs_again(store, tmp_path, monkeypatch):
-    study, done = predictors.study, []
-    monkeypatch.setattr(
-        predictors, "study", lambda name, *rest, **more: done.append(name) or study(name, *rest, **more)
-    )
-    common = ["--input", store, "--model", "some/model", "--output-dir", tmp_path, *FAST, "--cache-tokens", 0]
+    study, done = scoring.study, []
+    monkeypatch.setattr(scoring, "study", lambda name, *rest, **more: done.append(name) or study(name, *rest, **more))
+    common = ["--input", store, "--model", "some/model", "--output-dir", tmp_path, *FAST[:-4], "--cache-tokens", 0]
     run(*common, "--predictors", "transition", "xgboost", "lookup")
     assert done == ["transition", "lookup", "xgboost"]
     assert not (outputs(tmp_path) / "cache_curves.csv").exists()
@@ -245,17 +236,20 @@ def test_only_what_changed_runs_again(store, tmp_path, monkeypatch):
     assert done[3:] == ["xgboost"]
     table = read(outputs(tmp_path), "predictors.csv")
     assert table["predictor"].unique().tolist() == ["transition", "lookup", "xgboost"]  # lookup is still valid
-    run(*common, "--predictors", "transition", "--hops", 1, 2)
+    run(*common, "--predictors", "transition", "--hops", "1,2")
     assert done[4:] == ["transition"]
     assert set(read(outputs(tmp_path), "predictors.csv").query("predictor == 'transition'")["hop"]) == {1, 2}
     run(*common, "--predictors", "transition", "--split", "rows")
     assert done[5:] == ["transition"]
     assert read(outputs(tmp_path), "leakage.csv")["predictor"].tolist() == ["transition"]
-    (outputs(tmp_path) / "predictors" / "transition-hop1.npz").unlink()  # a lost trace is made again
-    run(*common, "--predictors", "transition")
-    assert done[6:] == ["transition"]
+    for file in (outputs(tmp_path) / "pieces").glob("*.npz"):
+        file.write_bytes(b"")  # damaged arrays are made again
+    run(*common, "--predictors", "transition", "--split", "problems")
+    assert done[6:] == ["transition", "transition", "lookup", "xgboost"]
+    run(*common, "--predictors", "transition", "--resamples", 50)  # intervals are derived anew
+    assert done[10:] == []
     run(*common, "--predictors", "transition", "--seed", 1)
-    assert done[7:] == ["transition"]
+    assert done[10:] == ["transition"]
 
 
 def test_tune_saves_its_setting_and_the_next_run_uses_it(bare_store, tmp_path, monkeypatch):
@@ -265,8 +259,8 @@ def test_tune_saves_its_setting_and_the_next_run_uses_it(bare_store, tmp_path, m
     assert len(tuned["networks"]) == 2
     best = min(tuned["networks"], key=lambda one: one["validation_loss"])
     assert {key: value for key, value in best.items() if key != "validation_loss"} == tuned["setting"]
-    study, done = predictors.study, []
-    monkeypatch.setattr(predictors, "study", lambda *rest: done.append(rest[4].mlp_tuned) or study(*rest))
+    study, done = scoring.study, []
+    monkeypatch.setattr(scoring, "study", lambda *rest: done.append(rest[4].mlp_tuned) or study(*rest))
     run(*common, "--predictors", "mlp_tuned")
     assert not done  # the same setting: finished
     (outputs(tmp_path) / "mlp_tuned.json").write_text(json.dumps({"setting": tuned["setting"] | {"widths": [7]}}))
@@ -278,9 +272,7 @@ def test_tune_saves_its_setting_and_the_next_run_uses_it(bare_store, tmp_path, m
 def test_without_router_inputs_hidden_predictors_are_left_out(bare_store, tmp_path, capsys):
     run("--input", bare_store, "--model", "m", "--output-dir", tmp_path, *FAST, "--predictors", "lookup", "stale_gate",
         "--quick")  # fmt: skip
-    assert (
-        "stale_gate left out; python scripts/journeys/01_collect.py --model m --save-hidden" in capsys.readouterr().err
-    )
+    assert "stale_gate left out: python scripts/journeys/01_collect.py --hidden-problems" in capsys.readouterr().err
     folder = outputs(tmp_path, "m-quick")
     assert set(read(folder, "predictors.csv")["predictor"]) == {"lookup"}
     splits = json.loads((folder / "splits.json").read_text())
@@ -323,20 +315,20 @@ def test_recorded_mixtral_journeys(tmp_path, capsys):
     ("arguments", "words"),
     [
         ([], "no journeys in"),
-        (["--limit", 3], "--limit is for records given with --input"),
+        (["--limit", 3], "--limit has no effect here: it is for records given with --input"),
         (["--input", "{empty}"], "empty"),
         (["--input", "{absent}"], "absent does not exist"),
         (["--input", "{store}", "--limit", 3], "--limit means nothing for"),
         (["--input", "{store}", "--hops", 4], "--hops 4 needs more than 4 layers; the journeys have 4"),
-        (["--input", "{store}", "--hops", 0], "--hops is 0; it must be at least 1"),
-        (["--input", "{store}", "--seeds", 0], "--seeds is 0"),
-        (["--input", "{store}", "--tune", 0], "--tune is 0"),
+        (["--input", "{store}", "--hops", 0], "--hops: 0 is too small"),
+        (["--input", "{store}", "--predictor-seeds", 0], "--predictor-seeds: 0 is too small"),
+        (["--input", "{store}", "--tune", 0], "--tune: 0 is too small"),
         (["--input", "{store}", "--predictors", "oracle"], "oracle"),
-        (["--input", "{store}", "--bandwidths", 0], "--bandwidths is 0.0; it must be above 0"),
-        (["--input", "{store}", "--expert-mb", "nan"], "--expert-mb is nan"),
+        (["--input", "{store}", "--bandwidths", 0], "--bandwidths: 0 lies outside (0, inf)"),
+        (["--input", "{store}", "--expert-mb", "nan"], "--expert-mb: nan lies outside"),
         (["--input", "{store}", "--cache-model", "own"], "does not say how large its model's experts are"),
         (["--input", "{store}", "--cache-capacities", 9], "--cache-capacities 9 is more than the 5 experts"),
-        (["--input", "{bare}", "--predictors", "stale_gate"], "--save-hidden"),
+        (["--input", "{bare}", "--predictors", "stale_gate"], "--hidden-problems"),
         (["--input", "{store}", "--split", "columns"], "columns"),
     ],
 )
@@ -356,10 +348,14 @@ def test_a_broken_setting_is_refused(store, tmp_path, capsys):
     assert "mlp_tuned.json holds no setting" in line and "--tune" in line
 
 
+def test_the_command_line_knows_all_predictors():
+    assert cli.PREDICTORS == predictors.PREDICTORS
+
+
 def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
         run("--help")
     shown = capsys.readouterr().out
     assert stop.value.code == 0
-    for flag in "--model --input --hops --predictors --split --seeds --tune --xgboost-rows --quick".split():
+    for flag in "--model --input --hops --predictors --split --predictor-seeds --tune --xgboost-values --quick".split():
         assert flag in shown

@@ -1,4 +1,4 @@
-"""src/predictors.py on journeys of known structure: what a chain allows, what leaks, what nobody can know."""
+"""The predictors on journeys of known structure: what a chain allows, what leaks, what nobody can know."""
 
 from types import SimpleNamespace
 
@@ -6,17 +6,22 @@ import numpy as np
 import pytest
 
 from src.base import stats
-from src.journeys import predictors, tables
-from src.journeys.predictors import (
+from src.journeys import networks, predictors, scoring
+from src.journeys.cells import (
+    PARTS,
     Cells,
-    Network,
-    Settings,
+    Data,
     cells_of,
-    fit,
+    prepare,
     problem_parts,
     split_by_problem,
     split_by_row,
+    targets_of,
 )
+from src.journeys.measures import problem_folds
+from src.journeys.networks import Network, Settings
+from src.journeys.predictors import fit
+from src.journeys.sample import to_sample
 
 E, K = 5, 2
 SETTINGS = Settings(
@@ -52,7 +57,7 @@ def sample_of(first: np.ndarray, problems: int, domains: int = 2, num_experts: i
         layers=tuple(range(3, 3 + first.shape[1])),
         num_experts=num_experts,
     )
-    return tables.prepare(journeys)
+    return to_sample(journeys)
 
 
 def chain(rows: int, layers: int, order: int, strength: float, seed: int = 0) -> np.ndarray:
@@ -68,13 +73,13 @@ def chain(rows: int, layers: int, order: int, strength: float, seed: int = 0) ->
 
 
 @pytest.fixture(scope="module")
-def first_order() -> predictors.Data:
-    return predictors.prepare(sample_of(chain(3000, 6, 1, 0.7), 30))
+def first_order() -> Data:
+    return prepare(sample_of(chain(3000, 6, 1, 0.7), 30))
 
 
 @pytest.fixture(scope="module")
-def second_order() -> predictors.Data:
-    return predictors.prepare(sample_of(chain(4000, 6, 2, 0.8), 30))
+def second_order() -> Data:
+    return prepare(sample_of(chain(4000, 6, 2, 0.8), 30))
 
 
 class Hidden:
@@ -103,13 +108,13 @@ def with_hidden(activation: str = "softmax", rows: int = 1200, layers: int = 4, 
     sample = sample_of(order[:, :, 0], 30, second=order[:, :, 1])
     if activation == "relu":
         sample.experts[np.take_along_axis(strength, order, 2) <= 0] = -1
-    return predictors.prepare(sample, Hidden(states[: rows * 2 // 3], weight, activation))
+    return prepare(sample, Hidden(states[: rows * 2 // 3], weight, activation))
 
 
-def top1(name: str, data: predictors.Data, hop: int = 1, split=None, seed: int = 0) -> float:
+def top1(name: str, data: Data, hop: int = 1, split=None, seed: int = 0) -> float:
     split = split or split_by_problem(data, problem_parts(data, 0), hop)
     fitted = fit(name, data, split.train, split.validation, SETTINGS, seed)
-    return float(predictors.evaluate(fitted, data, split.test)[0].hits[:, 0].mean())
+    return float(scoring.evaluate(fitted, data, split.test)[0].hits[:, 0].mean())
 
 
 # -- structure
@@ -144,7 +149,7 @@ def test_previous_token_sees_the_target_layer_of_the_token_before():
     """Experts that stay for pairs of tokens: right for the second of a pair, of no use for the first."""
     rng = np.random.default_rng(0)
     first = np.repeat(rng.integers(0, E, (1500, 4)), 2, axis=0)
-    data = predictors.prepare(sample_of(first, 30))
+    data = prepare(sample_of(first, 30))
     assert abs(top1("previous_token", data) - (0.5 + 0.5 / E)) < 0.04
     split = split_by_problem(data, problem_parts(data, 0), 1)
     fitted = fit("previous_token", data, split.train, split.validation, SETTINGS)
@@ -185,12 +190,12 @@ def test_lookup_chooses_smoothing_on_validation_cells(second_order):
     fitted = fit("lookup", data, split.train, split.validation, SETTINGS)
     changed = data.experts.copy()
     changed[parts[data.problem] == 2] = 0
-    blind = predictors.Data(**{**vars(data), "experts": changed})
+    blind = Data(**{**vars(data), "experts": changed})
     again = fit("lookup", blind, split.train, split.validation, SETTINGS)
     some = split.validation
     np.testing.assert_array_equal(fitted.predict(some), again.predict(some))
     worst = predictors._fit_counts("", data, split.train, [np.inf] * 5).predict(some)
-    target = predictors.targets_of(data, some)[:, :1]
+    target = targets_of(data, some)[:, :1]
 
     def loss(probabilities):
         return -np.log(np.take_along_axis(probabilities, target, 1)).mean()
@@ -224,7 +229,7 @@ def test_nothing_after_the_source_layer_is_used(name):
 
 
 def test_history_predictors_do_see_the_source_layer(first_order):
-    data = predictors.Data(**{**vars(first_order), "experts": first_order.experts.copy()})
+    data = Data(**{**vars(first_order), "experts": first_order.experts.copy()})
     split = split_by_problem(data, problem_parts(data, 0), 1)
     cells = split.test.select(split.test.layer == 2)
     for name in ("transition", "lookup", "mlp", "xgboost"):
@@ -236,7 +241,7 @@ def test_history_predictors_do_see_the_source_layer(first_order):
 
 
 def test_previous_token_does_not_see_its_own_journey(first_order):
-    data = predictors.Data(**{**vars(first_order), "experts": first_order.experts.copy()})
+    data = Data(**{**vars(first_order), "experts": first_order.experts.copy()})
     split = split_by_problem(data, problem_parts(data, 0), 1)
     fitted = fit("previous_token", data, split.train, split.validation, SETTINGS)
     cells = split.test.select(data.position[split.test.journey] % 2 == 1)
@@ -282,16 +287,16 @@ def test_padded_targets_are_no_cells():
     first = chain(500, 4, 1, 0.5)
     sample = sample_of(first, 10)
     sample.experts[::3, 2] = -1
-    data = predictors.prepare(sample)
+    data = prepare(sample)
     cells = cells_of(data, 1)
     assert len(cells) == 500 * 3 - len(range(0, 500, 3))
-    assert (predictors.targets_of(data, cells)[:, 0] >= 0).all()
+    assert (targets_of(data, cells)[:, 0] >= 0).all()
     for name in ("transition", "lookup", "previous_token", "mlp", "xgboost"):
         assert 0 < top1(name, data) < 1, name
 
 
 def test_too_few_problems_are_cut_into_runs_of_tokens():
-    data = predictors.prepare(sample_of(chain(300, 4, 1, 0.7), 2))
+    data = prepare(sample_of(chain(300, 4, 1, 0.7), 2))
     assert data.in_blocks and len(data.problem_names) == 50 and data.problem_names[0] == "set0/0, part 1 of 25"
     assert all(np.ptp(np.flatnonzero(data.problem == p)) == 5 for p in range(50))
     assert (data.previous >= 0).sum() == 298  # a run's first token still has a token before it
@@ -312,15 +317,15 @@ def test_the_row_split_leaks_and_the_problem_split_does_not():
     first = np.zeros((rows, layers), dtype=np.int64)
     first[:, 6::6] = rng.integers(0, 8, (rows, 1))
     second = code[:, np.arange(layers) % 6]
-    data = predictors.prepare(sample_of(first, 40, num_experts=8, second=second))
+    data = prepare(sample_of(first, 40, num_experts=8, second=second))
     settings = Settings(**{**vars(SETTINGS), "mlp": Network((128,), learning_rate=1e-2, batch_rows=128), "epochs": 25,
                            "patience": 25})  # fmt: skip
     parts = problem_parts(data, 0)
-    done = predictors.study("mlp", data, parts, 1, settings, (0,), with_rows=True)
+    done = scoring.study("mlp", data, parts, 1, settings, (0,), with_rows=True)
     both = {kind: measured.totals.hits[5:24:6, :, (0, -1)].sum(axis=(0, 1)) for kind, measured in done.by_split.items()}
     accuracy = {kind: right / cells for kind, (right, cells) in both.items()}
     assert accuracy["problems"] < 0.3 and accuracy["rows"] > 0.6
-    leak = predictors.leakage(done.paired, 500, 0, 0.95)
+    leak = scoring.leakage(done.paired, 500, 0, 0.95)
     assert leak["ci_low"] > 0 and leak["leakage"] == pytest.approx(leak["top1_rows_split"] - leak["top1_problem_split"])
     # the same cells: those of the row split's test part that belong to test problems
     test = split_by_row(data, 1, 0).test
@@ -329,7 +334,7 @@ def test_the_row_split_leaks_and_the_problem_split_does_not():
 
 def test_leakage_is_the_paired_difference():
     paired = np.array([[8, 5, 10], [0, 0, 0], [6, 6, 9], [3, 1, 5]], dtype=float)
-    leak = predictors.leakage(paired, 400, 3, 0.9)
+    leak = scoring.leakage(paired, 400, 3, 0.9)
     used = paired[[0, 2, 3]]
     expected = stats.paired_difference(used[:, 0], used[:, 1], used[:, 2], 400, 3, 0.9)
     assert (leak["leakage"], leak["ci_low"], leak["ci_high"]) == (expected.estimate, expected.low, expected.high)
@@ -344,7 +349,7 @@ def test_scores_against_loops():
     probabilities = rng.integers(1, 5, (400, 6)) / 10.0  # many ties
     experts = np.argsort(rng.random((400, 6)), axis=1)[:, :3]
     experts[::5, 2] = -1
-    found = predictors.score(probabilities, experts)
+    found = scoring.score(probabilities, experts)
     for row in range(400):
         order = sorted(range(6), key=lambda e: (-probabilities[row, e], e))
         inside = sum(e in order[:3] for e in experts[row] if e >= 0)
@@ -356,24 +361,24 @@ def test_scores_against_loops():
 def test_uniform_scores_are_exact_expectations(first_order):
     split = split_by_problem(first_order, problem_parts(first_order, 0), 1)
     fitted = fit("uniform", first_order, split.train, split.validation, SETTINGS)
-    scores, _ = predictors.evaluate(fitted, first_order, split.test)
+    scores, _ = scoring.evaluate(fitted, first_order, split.test)
     np.testing.assert_allclose(scores.hits, np.tile([1 / 5, 2 / 5, 2 / 5, 1 / 10], (len(split.test), 1)), rtol=1e-12)
-    drawn = predictors.score_rows(first_order, predictors.total(first_order, split.test, scores), 1, 50, 0, 0.95)[0]
+    drawn = scoring.score_rows(first_order, scoring.total(first_order, split.test, scores), 1, 50, 0, 0.95)[0]
     assert drawn["ece"] == pytest.approx(0, abs=1e-12) and drawn["top1"] == pytest.approx(1 / 5)
     rng = np.random.default_rng(0)
     experts = np.array([[0, 3], [2, -1]])
-    expected = predictors.expected_scores(experts, E, rng)
-    draws = np.mean([predictors.score(rng.random((2, E)), experts).hits for _ in range(20_000)], axis=0)
+    expected = scoring.expected_scores(experts, E, rng)
+    draws = np.mean([scoring.score(rng.random((2, E)), experts).hits for _ in range(20_000)], axis=0)
     np.testing.assert_allclose(draws, expected.hits, atol=0.02)
 
 
 def test_sums_intervals_and_calibration_against_loops():
     rng = np.random.default_rng(5)
-    data = predictors.prepare(sample_of(chain(300, 4, 1, 0.5), 12))
+    data = prepare(sample_of(chain(300, 4, 1, 0.5), 12))
     cells = cells_of(data, 1)
     probabilities = rng.dirichlet(np.ones(E), len(cells))
-    scores = predictors.score(probabilities, predictors.targets_of(data, cells))
-    rows = predictors.score_rows(data, predictors.total(data, cells, scores), 1, 300, 2, 0.9)
+    scores = scoring.score(probabilities, targets_of(data, cells))
+    rows = scoring.score_rows(data, scoring.total(data, cells, scores), 1, 300, 2, 0.9)
     assert [(row["domain"], row["layer"]) for row in rows] == [
         (domain, layer) for domain in ("all", "set0", "set1") for layer in ("all", 4, 5, 6)
     ]
@@ -385,7 +390,7 @@ def test_sums_intervals_and_calibration_against_loops():
         ]  # fmt: skip
         hits = scores.hits[chosen]
         assert row["rows"] == len(chosen)
-        assert [row[name] for name in predictors.METRICS] == pytest.approx(hits.mean(axis=0).tolist())
+        assert [row[name] for name in scoring.METRICS] == pytest.approx(hits.mean(axis=0).tolist())
         problems = [data.problem[cells.journey[i]] for i in chosen]
         right = [sum(h for h, p in zip(hits[:, 0], problems, strict=True) if p == q) for q in sorted(set(problems))]
         count = [problems.count(q) for q in sorted(set(problems))]
@@ -402,13 +407,13 @@ def test_sums_intervals_and_calibration_against_loops():
 
 def test_study_adds_up_seeds_and_keeps_the_trace(first_order):
     parts = problem_parts(first_order, 0)
-    one = [predictors.study("transition", first_order, parts, 2, SETTINGS, (seed,), True) for seed in (0, 1)]
-    both = predictors.study("transition", first_order, parts, 2, SETTINGS, (0, 1), True)
+    one = [scoring.study("transition", first_order, parts, 2, SETTINGS, (seed,), True) for seed in (0, 1)]
+    both = scoring.study("transition", first_order, parts, 2, SETTINGS, (0, 1), True)
     for kind in ("problems", "rows"):
         expected = sum(study.by_split[kind].totals.hits for study in one)
         np.testing.assert_array_equal(both.by_split[kind].totals.hits, expected)
     np.testing.assert_array_equal(both.paired, one[0].paired + one[1].paired)
-    rows = predictors.scored_journeys(first_order, parts)
+    rows = scoring.scored_journeys(first_order, parts)
     assert both.predicted.shape == (len(rows), 6, K) and (both.predicted[:, :2] == -1).all()
     split = split_by_problem(first_order, parts, 2)
     fitted = fit("transition", first_order, split.train, split.validation, SETTINGS)
@@ -428,13 +433,11 @@ def test_study_adds_up_seeds_and_keeps_the_trace(first_order):
 @pytest.mark.parametrize("activation", ["softmax", "relu"])
 def test_stale_gate_is_exact_at_hop_0(activation):
     data = with_hidden(activation)
-    check = predictors.stale_gate_check(data)
+    check = scoring.stale_gate_check(data)
     assert check["top1"] == check["all_experts"] == 1.0
     assert check["rows"] == (data.experts[data.hidden_row >= 0, :, 0] >= 0).sum()
-    wrong = predictors.Data(
-        **{**vars(data), "hidden_row": np.where(data.hidden_row >= 0, np.roll(data.hidden_row, 1), -1)}
-    )
-    assert predictors.stale_gate_check(wrong)["top1"] < 0.5
+    wrong = Data(**{**vars(data), "hidden_row": np.where(data.hidden_row >= 0, np.roll(data.hidden_row, 1), -1)})
+    assert scoring.stale_gate_check(wrong)["top1"] < 0.5
 
 
 @pytest.mark.parametrize("activation", ["softmax", "relu"])
@@ -453,7 +456,7 @@ def test_every_predictor_is_scored_on_the_same_cells():
     parts = problem_parts(data, 0)
     settings = Settings(**{**vars(SETTINGS), "epochs": 1, "probe_epochs": 1, "xgboost_rounds": 2})
     counts = [
-        predictors.study(name, data, parts, 1, settings, (0,), False).by_split["problems"].totals.hits[:, :, -1]
+        scoring.study(name, data, parts, 1, settings, (0,), False).by_split["problems"].totals.hits[:, :, -1]
         for name in predictors.PREDICTORS
     ]
     for other in counts[1:]:
@@ -465,7 +468,7 @@ def test_router_inputs_of_too_few_problems_are_left_out():
     data = with_hidden()
     few = Hidden(data.hidden.states[0][:150], data.hidden.weight)
     sample = sample_of(data.experts[:, :, 0].astype(np.int64), 30)
-    found = predictors.prepare(sample, few)
+    found = prepare(sample, few)
     assert found.hidden is None and found.scored.all()
     split = split_by_problem(found, problem_parts(found, 0), 1)
     with pytest.raises(ValueError, match="stale_gate needs router inputs"):
@@ -501,13 +504,61 @@ def test_tuning_starts_from_the_given_setting_and_keeps_the_best(second_order):
     split = split_by_problem(second_order, problem_parts(second_order, 0), 1)
     settings = Settings(**{**vars(SETTINGS), "epochs": 1, "train_rows": 500, "validation_rows": 10**6})
     verbosity = optuna.logging.get_verbosity()
-    best, tried = predictors.tune(second_order, split.train, split.validation, settings, 3, 0)
+    best, tried = networks.tune(second_order, split.train, split.validation, settings, 3, 0)
     assert optuna.logging.get_verbosity() == verbosity
     assert (
         len(tried) == 3
         and Network(**{k: v for k, v in tried[0].items() if k != "validation_loss"}) == SETTINGS.mlp_tuned
     )
-    _, loss = predictors.fit_history_network(
-        "mlp_tuned", second_order, split.train, split.validation, settings, best, 0
-    )
+    _, loss = networks.fit_history_network("mlp_tuned", second_order, split.train, split.validation, settings, best, 0)
     assert loss == pytest.approx(min(one["validation_loss"] for one in tried))
+
+
+def test_confidence_on_an_edge_counts_to_the_interval_below_it(first_order):
+    """Intervals are open below and closed above: 3/15 and 0.15 lie in the same one, and their gaps add up signed."""
+    two = cells_of(first_order, 1).select(np.arange(2))
+    hits = np.array([[1.0, 1, 0.5, 0], [0.0, 0, 0, 0]])
+    scores = scoring.Scores(hits, np.array([0.2, 0.15]), np.zeros((2, K), dtype=int))
+    totals = scoring.total(first_order, two, scores)
+    assert scoring.calibration_error(totals.bins) == pytest.approx(abs(1 - 0.35) / 2)
+
+
+def test_each_part_of_a_split_is_what_its_name_says(first_order, monkeypatch):
+    """The fourth fold of the problems is for choices and the fifth for scores, in the study as well."""
+    folds = problem_folds(first_order.domain_of_problem, 5, 3)
+    parts = problem_parts(first_order, 3)
+    named = {"train": {0, 1, 2}, "validation": {3}, "test": {4}}
+    assert {name: set(folds[parts == i].tolist()) for i, name in enumerate(PARTS)} == named
+    split = split_by_problem(first_order, parts, 1)
+    for name, of_part in named.items():
+        assert set(folds[first_order.problem[getattr(split, name).journey]].tolist()) == of_part
+    seen = {}
+
+    def watched_fit(name, data, train, validation, *rest):
+        seen["train"], seen["validation"] = train, validation
+        return fit(name, data, train, validation, *rest)
+
+    def watched_evaluate(predictor, data, test, seed):
+        seen["test"] = test
+        return evaluate(predictor, data, test, seed)
+
+    evaluate = scoring.evaluate
+    monkeypatch.setattr(scoring, "fit", watched_fit)
+    monkeypatch.setattr(scoring, "evaluate", watched_evaluate)
+    scoring.study("lookup", first_order, parts, 1, SETTINGS, [0], False)
+    for name, of_part in named.items():
+        assert set(folds[first_order.problem[seen[name].journey]].tolist()) == of_part
+
+
+def test_the_row_split_takes_its_parts_in_the_order_of_their_names(first_order):
+    cells = cells_of(first_order, 1)
+    order = np.random.default_rng([2, 1]).permutation(len(cells))
+    split = split_by_row(first_order, 1, 2)
+    first, second = round(0.6 * len(cells)), round(0.8 * len(cells))
+    for part, rows in (
+        (split.train, order[:first]),
+        (split.validation, order[first:second]),
+        (split.test, order[second:]),
+    ):
+        expected = cells.select(np.sort(rows))
+        assert (part.journey == expected.journey).all() and (part.layer == expected.layer).all()

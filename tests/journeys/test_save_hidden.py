@@ -1,4 +1,4 @@
-"""08 --save-hidden: router inputs that give back the stored experts, whatever the batch, the process or a kill."""
+"""08 --hidden-problems: router inputs that give back the stored experts, whatever the batch, the process or a kill."""
 
 import errno
 import gc
@@ -30,6 +30,7 @@ from tests.journeys.test_collection import (
     FakeVllm,
     common,
     folder_of,
+    for_vllm,
     mixtral_folder,
     qwen_folder,
     refused,
@@ -112,7 +113,7 @@ def model(tmp_path_factory) -> Path:
 def collected(model, data, tmp_path_factory) -> Path:
     """Three shards of three problems; router inputs of the first four problems."""
     output = tmp_path_factory.mktemp("collected")
-    run(*common(model, data, output), "--generate", 3, "--save-hidden", 4)
+    run(*common(model, data, output), "--generate", 3, "--hidden-problems", 4)
     return output
 
 
@@ -122,7 +123,7 @@ def collected(model, data, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_stale_gate_gives_the_stored_experts(name, data, tmp_path):
     model = model_folder(name, tmp_path / name)
-    run(*common(model, data, tmp_path), "--generate", 3, "--save-hidden", 4)
+    run(*common(model, data, tmp_path), "--generate", 3, "--hidden-problems", 4)
     stored, hidden = read_journeys(folder_of(tmp_path, model)), read_hidden(folder_of(tmp_path, model))
     np.testing.assert_array_equal(hidden.rows, np.flatnonzero(stored.problem_id < 4))
     assert stored.is_generated[hidden.rows].sum() > 4
@@ -175,7 +176,7 @@ def test_the_journeys_are_the_same_without(collected, model, data, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "flags"), [("bfloat16", []), ("float32", ["--hidden-dtype", "float16"])])
 def test_float16(collected, model, data, tmp_path, dtype, flags):
-    run(*common(model, data, tmp_path), "--dtype", dtype, "--generate", 3, "--save-hidden", 4, *flags)
+    run(*common(model, data, tmp_path), "--dtype", dtype, "--generate", 3, "--hidden-problems", 4, *flags)
     hidden = read_hidden(folder_of(tmp_path, model))
     assert {part.dtype for part in hidden.states} == {np.dtype(np.float16)}
     assert hidden.layer(1).dtype == np.float32
@@ -206,7 +207,7 @@ def test_nothing_is_kept_longer_than_its_shard(model, data, tmp_path, monkeypatc
         return recorded
 
     monkeypatch.setattr(collection, "collect", watched)
-    run(*common(model, data, tmp_path), "--generate", 2, "--save-hidden", 4)
+    run(*common(model, data, tmp_path), "--generate", 2, "--hidden-problems", 4)
     assert len(kept) == 4 and alive == [[], [], []]
 
 
@@ -224,7 +225,7 @@ def test_a_killed_run_goes_on(collected, model, data, tmp_path, monkeypatch, sto
             raise KeyboardInterrupt
         return write(path, *rest)
 
-    arguments = (*common(model, data, tmp_path), "--generate", 3, "--save-hidden", 4)
+    arguments = (*common(model, data, tmp_path), "--generate", 3, "--hidden-problems", 4)
     monkeypatch.setattr(store, stop_at, interrupted)
     with pytest.raises(SystemExit) as stop:
         run(*arguments)
@@ -252,7 +253,7 @@ def test_a_killed_run_goes_on(collected, model, data, tmp_path, monkeypatch, sto
 def test_what_was_deleted_comes_back(collected, model, data, tmp_path, capsys, monkeypatch):
     shutil.copytree(collected, tmp_path, dirs_exist_ok=True)
     folder = folder_of(tmp_path, model)
-    arguments = (*common(model, data, tmp_path), "--generate", 3, "--save-hidden", 4)
+    arguments = (*common(model, data, tmp_path), "--generate", 3, "--hidden-problems", 4)
     for name in ("prompts-00001.npy", "routers.npz"):
         (folder / "hidden" / name).unlink()
         with pytest.raises(UserError, match=f"{name} is missing"):
@@ -268,7 +269,7 @@ def test_two_processes_write_what_one_does(collected, model, data, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
                str(ROOT / "scripts" / "journeys" / "01_collect.py")]  # fmt: skip
-    command += [*map(str, common(model, data, tmp_path)), "--generate", "3", "--save-hidden", "4"]
+    command += [*map(str, common(model, data, tmp_path)), "--generate", "3", "--hidden-problems", "4"]
     # as many threads as this process has: another number sums in another order, and router inputs are full float32
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540)
@@ -286,14 +287,14 @@ def test_other_settings_ask_for_a_restart(collected, model, data, tmp_path, caps
     before = hidden_files(tmp_path, model)
     assert before.keys() == {"prompts-00000.npy", "prompts-00001.npy", "routers.npz"}
     for flags, differing in (
-        (["--save-hidden", 5], "other save_hidden"),
-        (["--save-hidden", 4, "--hidden-dtype", "float16"], "other hidden_dtype"),
-        ([], "other save_hidden, hidden_dtype"),
+        (["--hidden-problems", 5], "other hidden_problems"),
+        (["--hidden-problems", 4, "--hidden-dtype", "float16"], "other hidden_dtype"),
+        ([], "other hidden_problems, hidden_dtype"),
     ):
         message = refused(capsys, *arguments, *flags)
         assert differing in message and "--restart" in message
     assert hidden_files(tmp_path, model) == before
-    run(*arguments, "--save-hidden", 2, "--restart")
+    run(*arguments, "--hidden-problems", 2, "--restart")
     stored, hidden = read_journeys(folder_of(tmp_path, model)), read_hidden(folder_of(tmp_path, model))
     np.testing.assert_array_equal(hidden.rows, np.flatnonzero(stored.problem_id < 2))
     assert hidden_files(tmp_path, model).keys() == {"prompts-00000.npy", "routers.npz"}
@@ -302,7 +303,7 @@ def test_other_settings_ask_for_a_restart(collected, model, data, tmp_path, caps
 
 
 def test_an_older_store_counts_as_one_without(model, data, tmp_path, monkeypatch):
-    """Shards from before --save-hidden say nothing of it: a run without it goes on with them."""
+    """Shards from before --hidden-problems say nothing of it: a run without it goes on with them."""
     write = store.write_shard
 
     def older(path, rows, run_of_shard):
@@ -319,12 +320,12 @@ def test_an_older_store_counts_as_one_without(model, data, tmp_path, monkeypatch
 def test_refusals(model, data, tmp_path, capsys, monkeypatch):
     arguments = common(model, data, tmp_path)
     monkeypatch.setitem(sys.modules, "vllm", FakeVllm(3, False))
-    line = refused(capsys, *arguments, "--engine", "vllm", "--save-hidden", 2)
-    assert "--save-hidden needs --engine transformers" in line
-    assert "--save-hidden is 0" in refused(capsys, *arguments, "--save-hidden", 0)
-    assert "about --save-hidden" in refused(capsys, *arguments, "--hidden-dtype", "float16")
+    line = refused(capsys, *for_vllm(model, data, tmp_path), "--hidden-problems", 2)
+    assert "--hidden-problems needs --engine transformers" in line
+    assert "--hidden-problems: -1 is too small" in refused(capsys, *arguments, "--hidden-problems", -1)
+    assert "about --hidden-problems" in refused(capsys, *arguments, "--hidden-dtype", "float16")
     records = tmp_path / "records.jsonl"
-    assert "hold no router inputs" in refused(capsys, "--import", records, "--save-hidden", 2)
+    assert "--hidden-problems has no effect here" in refused(capsys, "--import-from", records, "--hidden-problems", 2)
     assert not folder_of(tmp_path, model).exists()
 
 
@@ -374,7 +375,7 @@ def test_a_full_disk(model, data, tmp_path, capsys, monkeypatch):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    line = refused(capsys, *common(model, data, tmp_path), "--save-hidden", 2, code=1)
+    line = refused(capsys, *common(model, data, tmp_path), "--hidden-problems", 2, code=1)
     assert "No space left on device" in line
     files = {file.name for file in folder_of(tmp_path, model).rglob("*") if file.is_file()}
     assert files == {"routers.npz", "routers.npz.meta.json"}

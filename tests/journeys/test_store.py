@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from src.base.errors import UserError
-from src.journeys import store
-from src.journeys.store import (
+from src.journeys import records, store
+from src.journeys.records import (
     BAD_ROW,
     BAD_SUM,
     BROKEN_JSON,
@@ -23,18 +23,13 @@ from src.journeys.store import (
     EXPERTS_OUT_OF_RANGE,
     INCOMPLETE,
     STRAY_LAYER,
-    Journeys,
-    concatenate,
     export_rows,
     export_token_files,
     import_rows,
     import_token_files,
     infer_num_experts,
-    read_journeys,
-    shard_name,
-    shard_run,
-    write_shard,
 )
+from src.journeys.store import Journeys, concatenate, read_journeys, shard_name, shard_run, write_shard
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "mixtral_routing"
 needs_real_records = pytest.mark.skipif(not REAL.is_dir(), reason="the real Mixtral records are not beside this repo")
@@ -520,7 +515,7 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store, "_export_readme", refuse)
+    monkeypatch.setattr(records, "_export_readme", refuse)
     with pytest.raises(OSError, match="No space left"):
         export_token_files(some_journeys(problems=1), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["humaneval_tokens"]

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +12,9 @@ import pandas as pd
 import pytest
 
 import config
-from src.base import results
-from src.journeys import tables as tables
+from src.base import cli, results
+from src.journeys import tables
+from src.journeys.sample import to_sample
 from src.journeys.store import Journeys, shard_name, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,7 +103,7 @@ def write_token_files(journeys, root: Path) -> Path:
 
 
 def analyzed(journeys, settings: tables.Settings = QUICK) -> dict:
-    return tables.analyze(tables.prepare(journeys, config.JOURNEY_DATASETS), settings)
+    return tables.analyze(to_sample(journeys, config.JOURNEY_DATASETS), settings)
 
 
 @pytest.fixture(scope="module")
@@ -118,19 +118,19 @@ def files(journeys):
 
 # -- preparing
 def test_prepare(journeys):
-    sample = tables.prepare(journeys, ["humaneval", "gsm8k"])
+    sample = to_sample(journeys, ["humaneval", "gsm8k"])
     assert sample.domain_names == ("humaneval", "gsm8k")
     assert [sample.domain_names[i] for i in sample.domains] == journeys.dataset.tolist()
     pairs = list(zip(journeys.dataset.tolist(), journeys.problem_id.tolist(), strict=True))
     assert len(set(zip(pairs, sample.clusters.tolist(), strict=True))) == len(set(pairs)) == 2 * PROBLEMS
     assert sample.token_ids[sample.tokens].tolist() == journeys.token_id.tolist()
     assert [sample.token_names[i] for i in sample.tokens] == journeys.token.tolist()
-    assert tables.prepare(journeys).domain_names == ("gsm8k", "humaneval")
+    assert to_sample(journeys).domain_names == ("gsm8k", "humaneval")
     shuffled = np.random.default_rng(0).permutation(len(pairs))
     mixed = SimpleNamespace(**vars(journeys))
     for name in ("dataset", "problem_id", "token_id", "token"):
         setattr(mixed, name, getattr(journeys, name)[shuffled])
-    again = tables.prepare(mixed, ["humaneval", "gsm8k"])
+    again = to_sample(mixed, ["humaneval", "gsm8k"])
     for name in ("domains", "clusters", "tokens"):
         np.testing.assert_array_equal(getattr(again, name), getattr(sample, name)[shuffled])
 
@@ -138,14 +138,14 @@ def test_prepare(journeys):
 def test_tokens_without_ids_or_texts(journeys):
     rows = len(journeys.token)
     no_ids = SimpleNamespace(**vars(journeys) | {"token_id": np.full(rows, -1)})
-    sample = tables.prepare(no_ids)
+    sample = to_sample(no_ids)
     assert [sample.token_names[i] for i in sample.tokens] == journeys.token.tolist()
     neither = SimpleNamespace(**vars(no_ids) | {"token": np.full(rows, "")})
-    sample = tables.prepare(neither)
+    sample = to_sample(neither)
     assert (sample.tokens == -1).all() and sample.token_names == ()
     ids, texts = journeys.token_id.copy(), journeys.token.copy()
     ids[5], texts[5] = -1, ""
-    sample = tables.prepare(SimpleNamespace(**vars(journeys) | {"token_id": ids, "token": texts}))
+    sample = to_sample(SimpleNamespace(**vars(journeys) | {"token_id": ids, "token": texts}))
     assert np.flatnonzero(sample.tokens == -1).tolist() == [5]
 
 
@@ -160,7 +160,7 @@ def test_tokens_without_ids_or_texts(journeys):
 )
 def test_prepare_refuses(journeys, changes, words):
     with pytest.raises(ValueError, match=words):
-        tables.prepare(SimpleNamespace(**vars(journeys) | changes))
+        to_sample(SimpleNamespace(**vars(journeys) | changes))
 
 
 # -- tables
@@ -437,12 +437,7 @@ def run(*arguments) -> None:
     spec = importlib.util.spec_from_file_location("analyze_journeys", ROOT / "scripts" / "journeys" / "02_analyze.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    saved = sys.argv
-    sys.argv = ["journeys/02_analyze.py", *map(str, arguments)]
-    try:
-        results.run_main(module.main)
-    finally:
-        sys.argv = saved
+    cli.run_main(lambda: module.main(module.parse([*map(str, arguments)])))
 
 
 def refused(capsys, *arguments) -> str:
@@ -605,16 +600,16 @@ def test_recorded_mixtral_journeys(tmp_path, name, complete):
         ([], "no journeys in"),
         (["--input", "{absent}"], "absent does not exist"),
         (["--input", "{empty}"], "empty"),
-        (["--limit", 3], "--limit is for records given with --input"),
-        (["--strict"], "--strict is for records"),
-        (["--num-experts", 8], "--num-experts is for records"),
+        (["--limit", 3], "--limit has no effect here: it is for records given with --input"),
+        (["--strict"], "--strict has no effect here"),
+        (["--num-experts", 8], "--num-experts has no effect here"),
         (["--input", "{rows}", "--limit", 3], "--limit means nothing for"),
         (["--input", "{rows}", "--num-experts", 2], "experts out of range"),
         (["--input", "{broken}", "--strict"], "line 3"),
-        (["--input", "{root}", "--limit", 0], "--limit is 0"),
-        (["--input", "{root}", "--folds", 1], "--folds is 1; it must be at least 2"),
-        (["--input", "{root}", "--seed", -1], "--seed is -1"),
-        (["--input", "{root}", "--permutations", 0], "--permutations is 0"),
+        (["--input", "{root}", "--limit", 0], "--limit: 0 is too small"),
+        (["--input", "{root}", "--folds", 1], "--folds: 1 is too small"),
+        (["--input", "{root}", "--seed", -1], "--seed: -1 is too small"),
+        (["--input", "{root}", "--permutations", 0], "--permutations: 0 is too small"),
     ],
 )
 def test_refuses_in_one_line(root, tmp_path, capsys, arguments, words):

@@ -573,7 +573,9 @@ def test_run_all_executes_both_notebooks_on_the_results_of_this_run(study):
     ]  # fmt: skip
     flags = f"--output-dir {study.tree}/outputs --quick"
     seeds = ["" if name == "02_inspect_model" else " --seed 3" for name in STEPS]
-    expected = [f"{name} --model blockffn-tiny {flags}{seed} --device cpu" for name, seed in zip(STEPS, seeds, strict=True)]
+    expected = [
+        f"{name} --model blockffn-tiny {flags}{seed} --device cpu" for name, seed in zip(STEPS, seeds, strict=True)
+    ]
     flags += " --seed 3"
     expected += [f"{JOURNEY_STEPS[0]} --model org/moe {flags} --device cpu --hidden-problems 12 --restart"]
     # these run no model, so they take no device

@@ -1,0 +1,222 @@
+"""The study of predictors: what they see, what earlier runs measured of them, and the tables that are made of it."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from src.base.reuse import Pieces
+from src.journeys import cells, expert_cache, measures, scoring
+from src.journeys.networks import Settings
+from src.journeys.predictors import HIDDEN_PREDICTORS, PREDICTORS
+
+SCORES = ["top1", "top1_low", "top1_high", "top2", "slot_overlap", "whole_set", "ece"]
+COSTS = ["train_seconds", "predict_us", "parameters"]
+LEAKAGE = ["top1_rows_split", "top1_problem_split", "leakage", "ci_low", "ci_high"]
+# Which of `Settings` a predictor depends on: changing others does not run it again.
+TRAINING = ("train_rows", "epochs", "patience", "validation_rows")
+PROBING = ("probe_epochs", "patience", "validation_rows")
+DEPENDS_ON = {
+    "lookup": ("validation_rows",),
+    "xgboost": ("xgboost_rows", "xgboost_rounds", "patience", "validation_rows"),
+    "mlp": (*TRAINING, "mlp"),
+    "mlp_tuned": (*TRAINING, "mlp_tuned"),
+    "linear_probe": (*PROBING, "linear_probe"),
+    "mlp_probe": (*PROBING, "mlp_probe"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What predictors are fitted to and scored on.
+
+    Attributes:
+        data, parts: the journeys, and the part of each problem [P].
+        settings: budgets and shapes of the trained predictors.
+        seeds: of the runs of each predictor, which are averaged.
+        pieces: what earlier runs measured, by predictor, hop and split.
+    """
+
+    data: cells.Data
+    parts: np.ndarray
+    settings: Settings
+    seeds: Sequence[int]
+    pieces: Pieces
+
+    def depends(self, name: str, hop: int) -> dict:
+        """What the measurements of a predictor depend on, besides the journeys and how problems are split."""
+        everything = asdict(self.settings)
+        settings = {field: everything[field] for field in DEPENDS_ON.get(name, ())}
+        return {"predictor": name, "hop": hop, "training_seeds": list(self.seeds), **settings}
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One predictor at one hop: arrays by split ("problems", and "rows" where that was fitted too).
+
+    hits and bins are those of `scoring.Totals`, costs has the values of COSTS. With split "problems" come predicted
+    [T, L, K], the experts expected for the test journeys, and with "rows" paired [P, 3] (see `scoring.Study`).
+    """
+
+    name: str
+    hop: int
+    by_split: Mapping[str, Mapping[str, np.ndarray]]
+
+
+def data_sha256(data: cells.Data) -> str:
+    """A hash over journeys and router inputs as predictors see them (of the latter: shapes, routers, first rows)."""
+    digest = hashlib.sha256()
+    for values, kind in ((data.problem, "<i4"), (data.position, "<i4"), (data.experts, "<i2"), (data.gates, "<f4"),
+                         (data.hidden_row, "<i4")):  # fmt: skip
+        digest.update(np.ascontiguousarray(values, dtype=kind))
+    if data.hidden is not None:
+        digest.update(np.ascontiguousarray(data.hidden.weight))
+        for states in data.hidden.states:
+            digest.update(np.ascontiguousarray(states[:1]))
+            digest.update(str((states.dtype, states.shape)).encode())
+    return digest.hexdigest()
+
+
+# -- running predictors
+def _label(name: str, hop: int, split: str) -> str:
+    return f"{name} at hop {hop}" + (" split by row" if split == "rows" else "")
+
+
+def _arrays(study: scoring.Study, split: str) -> dict[str, np.ndarray]:
+    measured = study.by_split[split]
+    costs = np.array([measured.train_seconds, measured.predict_us, measured.parameters])
+    more = {"predicted": study.predicted} if split == "problems" else {"paired": study.paired}
+    return {"hits": measured.totals.hits, "bins": measured.totals.bins, "costs": costs, **more}
+
+
+def result_of(task: Task, name: str, hop: int, with_rows: bool) -> Result:
+    """One predictor at one hop, from the pieces where they are there; `with_rows` fits it on the leaky split too."""
+    depends, studies = task.depends(name, hop), []
+
+    def compute(split: str) -> dict[str, np.ndarray]:
+        if not studies:  # the leaky split's piece comes first: its accuracy is paired with that of the honest split
+            leaky = split == "rows"
+            studies.append(scoring.study(name, task.data, task.parts, hop, task.settings, task.seeds, leaky))
+        return _arrays(studies[0], split)
+
+    found = {
+        split: task.pieces.arrays(_label(name, hop, split), {**depends, "split": split}, lambda s=split: compute(s))
+        for split in (("rows", "problems") if with_rows else ("problems",))
+    }
+    return Result(name, hop, dict(sorted(found.items())))
+
+
+def run_all(task: Task, names: Sequence[str], hops: Sequence[int], leaky: Sequence[str]) -> list[Result]:
+    """Results by predictor and hop: those of `names` and `hops`, and with them all others that earlier runs left.
+
+    `leaky` are the predictors that are fitted on the leaky split as well.
+    """
+    # Asked about what this run does not need, so that the report of `task.pieces` says nothing of it.
+    there = Pieces(task.pieces.folder, task.pieces.common, task.pieces.restart)
+    wanted = {(name, hop): name in leaky for name in names for hop in hops}
+    units = {}
+    for name in PREDICTORS:
+        if name in HIDDEN_PREDICTORS and task.data.hidden is None:
+            continue
+        for hop in range(1, len(task.data.layers)):
+            splits = [
+                split for split in ("problems", "rows")
+                if there.find(_label(name, hop, split), {**task.depends(name, hop), "split": split}) is not None
+            ]  # fmt: skip
+            if (name, hop) in wanted or "problems" in splits:
+                units[name, hop] = wanted.get((name, hop), False) or "rows" in splits
+    found = []
+    with tqdm(units.items(), unit="run", delay=3) as bar:
+        for (name, hop), with_rows in bar:
+            bar.set_description(f"{name}, hop {hop}")
+            found.append(result_of(task, name, hop, with_rows))
+    return found
+
+
+# -- results
+def result_tables(task: Task, found: Sequence[Result], resamples: int, seed: int, level: float) -> dict:
+    """predictors.csv, predictors_per_layer.csv and leakage.csv; `seed` and `resamples` are those of the intervals."""
+    rows, leaks = [], []
+    for name in dict.fromkeys(result.name for result in found):
+        own = [result for result in found if result.name == name]
+        for split in ("problems", "rows"):
+            for result in own:
+                arrays = result.by_split.get(split)
+                if arrays is None:
+                    continue
+                totals = scoring.Totals(arrays["hits"], arrays["bins"])
+                seconds, microseconds, parameters = arrays["costs"].tolist()
+                costs = dict(zip(COSTS, (seconds, microseconds, round(parameters)), strict=True))
+                key = {"predictor": name, "split": split, "hop": result.hop}
+                scores = scoring.score_rows(task.data, totals, result.hop, resamples, seed, level)
+                rows += [{**key, **row, **costs} for row in scores]
+                if split == "rows":
+                    leak = scoring.leakage(arrays["paired"], resamples, seed, level)
+                    leaks.append({"predictor": name, "hop": result.hop, "seeds": len(task.seeds), **leak})
+    whole = [row for row in rows if row["layer"] == "all"]
+    layers = [row for row in rows if row["layer"] != "all"]
+    key = ["predictor", "split", "hop", "domain"]
+    return {
+        "predictors.csv": _table(whole, [*key, *SCORES, *COSTS]),
+        "predictors_per_layer.csv": _table(layers, [*key, "layer", "rows", *SCORES]),
+        "leakage.csv": _table(leaks, ["predictor", "hop", "seeds", "rows", *LEAKAGE]),
+    }
+
+
+def _table(rows: list[dict], columns: list[str]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=columns, dtype=object)
+
+
+def splits_summary(data: cells.Data, parts: np.ndarray, seed: int) -> dict:
+    """What splits.json says: which problems are in which part, and what is scored."""
+    problems = {part: [] for part in cells.PARTS}
+    for name, part in zip(data.problem_names, parts.tolist(), strict=True):
+        problems[cells.PARTS[part]].append(name)
+    journeys = np.bincount(parts[data.problem], minlength=3).tolist()
+    scored = scoring.scored_journeys(data, parts)
+    hidden = np.bincount(parts[data.problem[data.hidden_row >= 0]], minlength=3).tolist()
+    unit = f"one of {cells.BLOCKS} runs of consecutive tokens of a problem" if data.in_blocks else "problem"
+    return {
+        "unit": unit,
+        "seed": seed,
+        "problems": {part: len(names) for part, names in problems.items()},
+        "journeys": dict(zip(cells.PARTS, journeys, strict=True)),
+        "journeys_with_router_inputs": dict(zip(cells.PARTS, hidden, strict=True)),
+        "scored": {
+            "journeys": len(scored),
+            "problems": len(np.unique(data.problem[scored])),
+            "which": "journeys of test problems" + (" that have router inputs" if data.hidden is not None else "")
+            + "; every predictor is scored on the same ones",
+        },
+        "stale_gate_at_hop_0": scoring.stale_gate_check(data) if data.hidden is not None else None,
+        "names": problems,
+    }  # fmt: skip
+
+
+def simulate(
+    task: Task,
+    found: Sequence[Result],
+    hop: int,
+    capacities: Sequence[int],
+    bandwidths: Sequence[float],
+    expert_mb: float,
+    compute_ms: float,
+    tokens: int,
+) -> list[dict]:
+    """Rows of cache_curves.csv: the trace of test problems, prefetching with each predictor's experts at `hop`.
+
+    `capacities` are experts of a layer, `bandwidths` GB/s, `expert_mb` 1e6 bytes of an expert, `compute_ms`
+    milliseconds of a layer for a token; the first `tokens` tokens are simulated.
+    """
+    data, parts = task.data, task.parts
+    training = data.experts[parts[data.problem] == cells.PARTS.index("train")]
+    frequencies = measures.expert_counts(training, data.num_experts).sum(axis=1)
+    predictions = {result.name: result.by_split["problems"]["predicted"] for result in found if result.hop == hop}
+    trace = data.experts[scoring.scored_journeys(data, parts)]
+    return expert_cache.cache_curves(
+        trace, data.num_experts, capacities, bandwidths, expert_mb * 1e6, compute_ms, frequencies, predictions, hop,
+        max_tokens=tokens,
+    )  # fmt: skip
