@@ -211,6 +211,11 @@ def write_json(path: str | os.PathLike, obj: Any, meta: dict) -> Path:
     return _write(path, json_bytes(obj), meta)
 
 
+def read_json(path: str | os.PathLike) -> Any:
+    """The content of a JSON file that `write_json` wrote."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def write_npz(path: str | os.PathLike, arrays: dict[str, np.ndarray], meta: dict) -> Path:
     """Write `arrays` for `numpy.load`, compressed, with fixed time stamps (numpy's own carry the clock), and its meta.
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from src.base.results import json_bytes, jsonable, npz_bytes, replace_file
 
+SHOWN_LABELS = 8  # of the pieces that were computed, the first of each reason
+
 
 class Pieces:
     """Pieces in a folder, one file each, found again by what they depend on.
@@ -74,18 +76,17 @@ class Pieces:
             return {name: archive[name] for name in archive.files}
 
     def report(self) -> str:
-        """What was reused, and what was computed and why, in a few lines."""
-        lines = []
+        """How much was reused, and what was computed and why, in a few lines."""
+        lines, total = [], len(self.reused) + len(self.computed)
         if self.reused:
-            lines.append(f"reused from an earlier run: {', '.join(self.reused)}")
+            lines.append(f"reused from earlier runs: {len(self.reused)} of {total} measurements")
         changed: dict[str, list[str]] = {}
-        for label, reasons in self.reasons.items():
-            changed.setdefault(", ".join(reasons), []).append(label)
+        for label in self.computed:
+            changed.setdefault(", ".join(self.reasons.get(label, [])), []).append(label)
         for reasons, labels in changed.items():
-            lines.append(f"computed again, because of {reasons}: {', '.join(labels)}")
-        fresh = [label for label in self.computed if label not in self.reasons]
-        if fresh and self.reused:
-            lines.append(f"computed for the first time: {', '.join(fresh)}")
+            why = f"computed again, because of {reasons}" if reasons else "computed for the first time"
+            more = f" and {len(labels) - SHOWN_LABELS} more" if len(labels) > SHOWN_LABELS else ""
+            lines.append(f"{why}: {'; '.join(labels[:SHOWN_LABELS])}{more}")
         return "\n".join(lines)
 
     def _all(self, depends: Mapping[str, Any]) -> dict:

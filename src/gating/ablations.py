@@ -1,16 +1,13 @@
-"""Ablations: what the sidecars' initialisation, training stages, state width and training tokens change, and the gate's
-signal, softness and threshold.
+"""Ablations: what the sidecars' initialisation, training stages, state width and training tokens change.
 
     chosen = variants(model, layers, SidecarSettings(), steps_a=40, steps_b=80)
-    tables = run_ablations(model, protocol, chosen, folder, meta)          # "init", ..., and "curves"
-    tables |= gate_ablation_rows(pd.read_csv("gated_hybrid_results.csv"), temperature=0.1)
+    tables = run_ablations(study, protocol, chosen)          # "init", ..., and "curves"
 
-A distillation ablation trains sidecars of its own, on a reduced budget: compare its variants with each other, not with
-the study's sidecars. All variants see the same windows in the same order, and draw from the same seed; their intervals
-are over documents, with that one seed. Gate ablations are selections from rows that the study measures anyway.
+A variant trains sidecars of its own, on a reduced budget: compare variants with each other, not with the study's
+sidecars. All variants see the same windows in the same order, and draw from the same seed; their intervals are over
+documents, with that one seed.
 """
 
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,30 +18,24 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from src.base.results import ResultStore
 from src.base.stats import Interval
 from src.base.text_data import TokenDocument
 from src.eval_utils import score_documents
 from src.gating.controls import check_equal_counts
-from src.gating.tables import Bootstrap, document_table, mean_table
+from src.gating.runs import Study, score_gate
+from src.gating.tables import mean_table, paired
 from src.hybrid.attach import attach_mamba_sidecar, detach_mamba_sidecars
 from src.hybrid.calibration import calibrate_gates
 from src.hybrid.distill import DistillSettings, measure_recovery, train_stage_a, train_stage_b
-from src.hybrid.gates import SIGNALS, FixedGate, Gate, MaskGate, ScoredGate, matched_random_masks
-from src.hybrid.layer import attachment_of, base_logits, record_gates, set_gate
-from src.hybrid.record import GateRecord
+from src.hybrid.gates import FixedGate, Gate, MaskGate, ScoredGate, matched_random_masks
+from src.hybrid.layer import attachment_of, base_logits, set_gate
 from src.hybrid.sidecar import SidecarSettings, attention_settings
-from src.hybrid.sidecar_sets import sidecar_identity
+from src.hybrid.sidecar_sets import SidecarSet
 from src.models.families import decoder_layers
 
 DISTILLATION_ABLATIONS = ("init", "stages", "d_state", "tokens")
 D_STATES = (16, 64, 128)
 TOKEN_SHARES = (0.25, 0.5, 1.0)
-# A routing gate's mode in gated_hybrid_results.csv, and what is taken from its row.
-GATE_MODE = re.compile(r"routing_(?P<kind>hard|soft)_[0-9.]+(_(?P<other>shared|previous|lookahead|t[0-9.e-]+))?")
-GATE_COLUMNS = (
-    "share_realised", "delta_nll", "ci_low", "ci_high", "vs_random", "vs_random_ci_low", "vs_random_ci_high"
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,29 +69,20 @@ class Protocol:
     """What all variants have in common.
 
     stage_a, stage_b: training, with a variant's `steps`. train [N, T], validation [M, T]: token windows.
-    gate: hard, not calibrated; its alpha is the share at which it meets random masks, one for each of mask_seeds.
-    calibration, evaluation: documents, scored in windows of `max_seq_len` tokens.
+    gate: hard, not calibrated; its alpha is the share at which it meets random masks. folder: where sidecars and
+    checkpoints stay.
     """
 
-    layers: Sequence[int]
     stage_a: DistillSettings
     stage_b: DistillSettings
     train: np.ndarray
     validation: np.ndarray
-    calibration: Sequence[TokenDocument]
-    evaluation: Sequence[TokenDocument]
     gate: ScoredGate
-    mask_seeds: Sequence[int]
-    max_seq_len: int
-    stride: int
-    batch_size: int
-    bootstrap: Bootstrap
+    folder: Path
 
     def __post_init__(self):
         if not self.gate.hard:
             raise ValueError("the ablations compare a hard gate with random masks of equal counts; this gate is soft")
-        if not self.mask_seeds:
-            raise ValueError("the ablations need at least one seed of random masks")
 
 
 # -- distillation
@@ -149,9 +131,7 @@ def variants(
     return found
 
 
-def train_variant(
-    model: nn.Module, protocol: Protocol, variant: Variant, folder: str | Path, progress: bool = True
-) -> list[dict]:
+def train_variant(study: Study, protocol: Protocol, variant: Variant) -> list[dict]:
     """Train a variant's sidecars into `<folder>/<variant.folder>/`, or go on where an earlier call was interrupted.
 
     The model comes without sidecars and leaves without. What is trained already is not trained again: the checkpoints
@@ -159,19 +139,18 @@ def train_variant(
     counted within the stage), value. Stage A's normalised_mse is the mean over layers.
     Raises ValueError as `distill.train_stage_a`.
     """
-    target = Path(folder) / variant.folder
+    target = protocol.folder / variant.folder
     common = {
         "train": protocol.train,
         "validation": protocol.validation,
         "folder": target,
         "checkpoints": target / "checkpoints",
-        "progress": progress,
     }
     steps_a = replace(protocol.stage_a, steps=variant.steps_a)
-    rows = train_stage_a(model, protocol.layers, variant.settings, settings=steps_a, **common)
+    rows = train_stage_a(study.model, study.layers, variant.settings, settings=steps_a, **common)
     if variant.steps_b:
         steps_b = replace(protocol.stage_b, steps=variant.steps_b)
-        rows = rows + train_stage_b(model, protocol.layers, settings=steps_b, **common)
+        rows = rows + train_stage_b(study.model, study.layers, settings=steps_b, **common)
     curves = pd.DataFrame(rows).query("split == 'validation'")
     curves = curves.groupby(["stage", "quantity", "step", "tokens"], as_index=False)["value"].mean()
     return [
@@ -180,106 +159,96 @@ def train_variant(
     ]
 
 
-def evaluate_variant(
-    model: nn.Module,
-    protocol: Protocol,
-    variant: Variant,
-    folder: str | Path,
-    baseline: pd.DataFrame,
-    progress: bool = True,
-) -> tuple[dict, pd.DataFrame]:
-    """What the sidecars that `train_variant` left are worth: (row, the gate's sums per document).
+def measure_variant(study: Study, protocol: Protocol, variant: Variant) -> dict:
+    """What the sidecars that `train_variant` left measure, as a piece keeps it: `values`, and sums per document.
 
-    baseline: sums per document of the evaluation text without sidecars. The row holds, besides the variant's settings:
-    parameters (of one sidecar), training_tokens (of both stages); on the validation windows kl under random masks whose
-    share is drawn per window, alike for all variants (the curves have other masks), and kl_alpha_1 with every token on
-    Mamba, nats per token;
-    recovered on calibration text (`distill.Recovery`); on evaluation text, nats per token with paired intervals, what
-    alpha 1 and random masks (mean over their seeds) cost against the baseline, and vs_random, the gate minus random.
-    Random masks have exactly the gate's counts in every layer and document; that is checked.
-
-    The model comes without sidecars and leaves without. Raises ValueError where the sidecars are not there.
+    The values are parameters (of one sidecar); kl on the validation windows under random masks whose share is drawn per
+    window, alike for all variants (the curves have other masks), and kl_alpha_1 with every token on Mamba, nats per
+    token; recovered on calibration text (`distill.Recovery`), and the share that the gate realised. The sums are those
+    of alpha 1 (`alone`), of the gate, and of random masks, mean over their seeds, with exactly the gate's counts in
+    every layer and document; that is checked. The model comes without sidecars and leaves without.
     """
-    sidecars, scoring = Path(folder) / variant.folder, (protocol.max_seq_len, protocol.stride, protocol.batch_size)
+    session, sidecars = study.session, protocol.folder / variant.folder
     recovery = measure_recovery(
-        model, protocol.layers, protocol.calibration, sidecars, variant.stage, *scoring, progress=progress
+        study.model, study.layers, session.tokens["calibration"], sidecars, variant.stage, *session.windows.values()
     )
-    attach_mamba_sidecar(model, protocol.layers, alpha=1.0, sidecar_dir=sidecars, stage=variant.stage)
-    attachment = attachment_of(model)
-
-    def score(gate: Gate, label: str) -> tuple[pd.DataFrame, GateRecord]:
-        set_gate(model, gate)
-        label = label if progress else None
-        with record_gates(model) as record:
-            scores = score_documents(model, protocol.evaluation, *scoring, on_batch=attachment.on_batch, progress=label)
-        return document_table(scores), record
-
+    attach_mamba_sidecar(study.model, study.layers, alpha=1.0, sidecar_dir=sidecars, stage=variant.stage)
     try:
-        parameters = sum(parameter.numel() for parameter in attachment.hybrid_layers()[0].sidecar.parameters())
-        kl = _validation_kl(model, protocol, MaskGate(_validation_masks(protocol)))
-        kl_alpha_1 = _validation_kl(model, protocol, FixedGate(1.0))
-        alone, _ = score(FixedGate(1.0), "alpha 1")
-        gate = calibrate_gates(model, protocol.gate, protocol.calibration, protocol.max_seq_len, protocol.batch_size)
-        gated, record = score(gate, "gate")
+        first = attachment_of(study.model).hybrid_layers()[0].sidecar
+        values = {
+            "parameters": sum(parameter.numel() for parameter in first.parameters()),
+            "kl": _validation_kl(study, protocol, MaskGate(_validation_masks(study, protocol))),
+            "kl_alpha_1": _validation_kl(study, protocol, FixedGate(1.0)),
+            "recovered": recovery.recovered,
+        }
+        _, alone = score_gate(study, FixedGate(1.0), "alpha 1")
+        gate = calibrate_gates(
+            study.model, protocol.gate, session.tokens["calibration"], session.windows["max_seq_len"],
+            session.windows["batch_size"],
+        )  # fmt: skip
+        record, gated = score_gate(study, gate, "gate")
         drawn = []
-        for seed in protocol.mask_seeds:
-            table, control = score(MaskGate(matched_random_masks(record.shares, seed)), f"random masks, seed {seed}")
+        for seed in study.mask_seeds:
+            masks = MaskGate(matched_random_masks(record.shares, seed))
+            control, content = score_gate(study, masks, f"random masks, seed {seed}")
             check_equal_counts(record.shares, control.shares)
-            drawn.append(table)
+            drawn.append(pd.DataFrame(content["table"]))
     finally:
-        detach_mamba_sidecars(model)
-    random = mean_table(drawn)
-    difference = protocol.bootstrap.difference
+        detach_mamba_sidecars(study.model)
+    values["share_realised"] = record.mean_share()
+    sums = {"alone": alone["table"], "gate": gated["table"], "random": mean_table(drawn).to_dict("list")}
+    return {"values": values, "sums": sums}
+
+
+def variant_row(study: Study, protocol: Protocol, variant: Variant, measured: dict, baseline: pd.DataFrame) -> dict:
+    """A variant's row: its settings, what `measure_variant` gave, and differences with intervals, nats per token.
+
+    alpha_1 and random (masks) are against the baseline, vs_random is the gate minus random masks.
+    """
+    values, bootstrap = measured["values"], study.rule.bootstrap
+    alone, gated, random = (pd.DataFrame(measured["sums"][name]) for name in ("alone", "gate", "random"))
     row = {name: value for name, value in asdict(variant.settings).items() if name != "chunk_size"}
-    row |= {"steps_a": variant.steps_a, "steps_b": variant.steps_b, "parameters": parameters}
+    row |= {"steps_a": variant.steps_a, "steps_b": variant.steps_b, "parameters": values["parameters"]}
     row["training_tokens"] = protocol.train.shape[1] * (
         variant.steps_a * protocol.stage_a.batch_size + variant.steps_b * protocol.stage_b.batch_size
     )
-    row |= {"kl": kl, "kl_alpha_1": kl_alpha_1, "recovered": recovery.recovered}
-    row |= _columns("alpha_1", difference(alone, baseline)) | {"share_realised": record.mean_share()}
-    row |= _columns("random", difference(random, baseline)) | _columns("vs_random", difference(gated, random))
-    return row | {"documents": len(baseline)}, gated
+    row |= {name: values[name] for name in ("kl", "kl_alpha_1", "recovered")}
+    row |= _columns("alpha_1", paired(alone, baseline, bootstrap)) | {"share_realised": values["share_realised"]}
+    row |= _columns("random", paired(random, baseline, bootstrap))
+    return row | _columns("vs_random", paired(gated, random, bootstrap)) | {"documents": len(baseline)}
 
 
-def run_ablations(
-    model: nn.Module,
-    protocol: Protocol,
-    chosen: Sequence[Variant],
-    folder: str | Path,
-    meta: dict,
-    restart: bool = False,
-    progress: bool = True,
-) -> dict[str, pd.DataFrame]:
+def run_ablations(study: Study, protocol: Protocol, chosen: Sequence[Variant]) -> dict[str, pd.DataFrame]:
     """Train and evaluate every variant, one after the other, equal ones once: a table per ablation, and "curves".
 
-    Tables have a row per variant: ablation, variant, training (its folder), then what `evaluate_variant` gives; the
-    curves are those of `train_variant`. Sidecars, checkpoints and finished rows stay under `folder`, from which a later
-    call goes on; `restart` throws them away. Rows count as finished for the same meta, which must name the texts and
-    how they are scored, and the same sidecars (a hash), so it need not name how those are trained.
+    Tables have a row per variant: ablation, variant, training (its folder), then what `variant_row` gives; the curves
+    are those of `train_variant`. Sidecars and checkpoints stay in `protocol.folder`, from which a later run goes on;
+    a run that restarts throws them away. What was measured with the same sidecars is not measured again.
     """
-    folder = Path(folder)
-    if restart:
+    if study.session.pieces.restart:
         for name in {variant.folder for variant in chosen}:
-            shutil.rmtree(folder / name, ignore_errors=True)
-    store = ResultStore(folder / "variants.csv", folder / "variant_documents.csv", "training", meta, restart)
-    if "baseline" not in store.tables:
-        scoring = (protocol.max_seq_len, protocol.stride, protocol.batch_size)
-        label = "baseline" if progress else None
-        store.add("baseline", document_table(score_documents(model, protocol.evaluation, *scoring, progress=label)))
-    curves = []
+            shutil.rmtree(protocol.folder / name, ignore_errors=True)
+    session, curves, rows = study.session, [], []
+    baseline = session.score("baseline", {})
     for variant in chosen:
-        curves += train_variant(model, protocol, variant, folder, progress)
-        trained = {"sidecars_sha256": sidecar_identity(folder / variant.folder, variant.stage)["sha256"]}
-        if not trained.items() <= store.rows.get(variant.folder, {}).items():
-            row, table = evaluate_variant(model, protocol, variant, folder, store.tables["baseline"], progress)
-            store.add(variant.folder, table, row | trained)
-    rows = pd.DataFrame([{"ablation": one.ablation, "variant": one.name, **store.rows[one.folder]} for one in chosen])
-    tables = {name: table.reset_index(drop=True) for name, table in rows.groupby("ablation", sort=False)}
-    return tables | {"curves": pd.DataFrame(curves)}
+        curves += train_variant(study, protocol, variant)
+        trained = SidecarSet(0, protocol.folder / variant.folder, variant.stage, study.layers)
+        depends = trained.key() | session.text_key("evaluation") | {"calibration": session.text_key("calibration")}
+        depends |= {"gate": asdict(protocol.gate), "mask_seeds": study.mask_seeds}
+        measured = session.pieces.content(
+            f"sidecars {variant.folder}", depends, partial(measure_variant, study, protocol, variant)
+        )
+        row = variant_row(study, protocol, variant, measured, baseline)
+        head = {"ablation": variant.ablation, "variant": variant.name, "training": variant.folder}
+        rows.append(head | row | {"sidecars_sha256": trained.identity()["sha256"]})
+    frame = pd.DataFrame(rows)
+    found = {name: table.reset_index(drop=True) for name, table in frame.groupby("ablation", sort=False)}
+    return found | {"curves": pd.DataFrame(curves)}
 
 
-def _validation_kl(model: nn.Module, protocol: Protocol, gate: Gate) -> float:
+def _validation_kl(study: Study, protocol: Protocol, gate: Gate) -> float:
     """Mean KL(base model || hybrid) over the validation windows, nats per token."""
+    model = study.model
     set_gate(model, gate)
     windows = [TokenDocument(_window(index), "validation", ids, 0) for index, ids in enumerate(protocol.validation)]
     length, on_batch = protocol.validation.shape[1], attachment_of(model).on_batch
@@ -288,15 +257,13 @@ def _validation_kl(model: nn.Module, protocol: Protocol, gate: Gate) -> float:
     return scores.kl_per_token
 
 
-def _validation_masks(protocol: Protocol) -> dict[str, dict[int, np.ndarray]]:
+def _validation_masks(study: Study, protocol: Protocol) -> dict[str, dict[int, np.ndarray]]:
     """Random masks as stage B trains with: a share u ~ U(0, 1) per window, then every token and layer by itself."""
     masks = {}
     for index, ids in enumerate(protocol.validation):
         rng = np.random.default_rng([protocol.stage_b.seed, index])
         share = rng.random()
-        masks[_window(index)] = {
-            layer: (rng.random(len(ids) - 1) < share).astype(np.float32) for layer in protocol.layers
-        }
+        masks[_window(index)] = {layer: (rng.random(len(ids) - 1) < share).astype(np.float32) for layer in study.layers}
     return masks
 
 
@@ -306,37 +273,3 @@ def _window(index: int) -> str:
 
 def _columns(name: str, interval: Interval) -> dict[str, float]:
     return {name: interval.estimate, f"{name}_ci_low": interval.low, f"{name}_ci_high": interval.high}
-
-
-# -- gates
-def gate_ablation_rows(results: pd.DataFrame, temperature: float) -> dict[str, pd.DataFrame]:
-    """The gate ablations, as selections from the rows of gated_hybrid_results.csv.
-
-    signal: previous, lookahead (hard gates). softness: hard, and soft_t<temperature>; `temperature` is that of the soft
-    rows that do not name theirs. threshold: layer_wise, shared (hard gates). An ablation takes the shares at which it
-    has at least two variants, and is left out where it has none. Columns: ablation, variant, mode, share (target), and
-    GATE_COLUMNS. Raises ValueError for a missing column.
-    """
-    absent = [name for name in ("mode", "signal", "share_target", *GATE_COLUMNS) if name not in results]
-    if absent:
-        raise ValueError(f"these are not the rows of gated_hybrid_results.csv: there is no column {absent[0]!r}")
-    found = []
-    for row in results.to_dict("records"):
-        match = GATE_MODE.fullmatch(row["mode"])
-        if match is None:
-            continue
-        hard, other = match["kind"] == "hard", match["other"] or ""
-        variants_of = {}
-        if hard and other in ("", *SIGNALS):
-            variants_of["signal"] = row["signal"]
-        if hard and other in ("", "shared"):
-            variants_of["threshold"] = other or "layer_wise"
-        if other == "" or other.startswith("t"):
-            variants_of["softness"] = "hard" if hard else f"soft_{other or f't{temperature:g}'}"
-        for ablation, variant in variants_of.items():
-            head = {"ablation": ablation, "variant": variant, "mode": row["mode"], "share": row["share_target"]}
-            found.append(head | {name: row[name] for name in GATE_COLUMNS})
-    frame = pd.DataFrame(found, columns=["ablation", "variant", "mode", "share", *GATE_COLUMNS])
-    frame = frame[frame.groupby(["ablation", "share"])["mode"].transform("size") > 1]
-    frame = frame.sort_values("share", kind="stable")
-    return {name: table.reset_index(drop=True) for name, table in frame.groupby("ablation")}

@@ -13,7 +13,7 @@ Jaggi (2023, arXiv 2305.16300), repeated random spans from Olsson et al. (2022, 
     ...                                                   # attach sidecars, set a gate
     with record_gates(model) as record:
         table = score_recall(model, examples, on_batch=attachment_of(model).on_batch)
-    rows = recall_rows(table, baseline, "routing_hard_0.5", 0.5, record.shares)
+    rows = recall_rows(table, baseline, {"mode": "routing_hard_0.5"}, realised_shares(table, record.shares))
 
 Scoring is teacher-forced: an answer token is right where it is the arg-max of the logits before it. `chance` is the
 accuracy of a reader who knows all but where to look: of a blind pick among the tokens that could be the answer.
@@ -32,6 +32,13 @@ from tqdm import tqdm
 from src.base import stats
 from src.base.text_data import Document, TokenDocument
 from src.eval_utils import WindowRef, kept_logits, model_device
+from src.gating import controls
+from src.gating.modes import BASELINE, Mode
+from src.gating.runs import Study, attached, calibrate, gate_depends
+from src.hybrid.gates import FixedGate, Gate, LearnedGate, MaskGate, RoutingGate, matched_random_masks
+from src.hybrid.layer import attachment_of, record_gates, set_gate
+from src.hybrid.record import GateRecord
+from src.models.windows import evaluation_mode
 
 LENGTHS = (256, 512, 1024, 2048, 4096)  # tokens of an example, the prefix token included
 DOCUMENT_TOKENS = 512  # taken of each document of the running text, so that no long one is most of it
@@ -191,29 +198,24 @@ def score_recall(
     for index, example in enumerate(examples):
         by_length.setdefault(len(example.ids), []).append(index)
     right = np.zeros(len(examples), dtype=np.int64)
-    was_training = model.training
-    model.eval()
     bar = tqdm(total=sum(len(example.ids) for example in examples), desc=progress, unit="tok", disable=progress is None)
-    try:
-        with torch.no_grad(), bar:
-            for length, indices in sorted(by_length.items()):
-                rows = max(1, min(batch_size, BATCH_TOKENS // length))
-                for begin in range(0, len(indices), rows):
-                    batch = indices[begin : begin + rows]
-                    ids = torch.from_numpy(np.stack([examples[i].ids for i in batch])).to(device)
-                    keep = torch.zeros((len(batch), length - 1), dtype=torch.bool)
-                    for row, i in enumerate(batch):
-                        keep[row, examples[i].answers - 1] = True
-                    keep = keep.to(device)
-                    if on_batch is not None:
-                        on_batch([WindowRef(examples[i].id, 0, length - 1) for i in batch])
-                    logits = kept_logits(model, ids[:, :-1], torch.ones_like(ids[:, :-1]), keep)
-                    hits = (logits.argmax(-1) == ids[:, 1:][keep]).cpu().numpy()
-                    counts = [len(examples[i].answers) for i in batch]
-                    right[batch] = [part.sum() for part in np.split(hits, np.cumsum(counts)[:-1])]
-                    bar.update(ids.numel())
-    finally:
-        model.train(was_training)
+    with torch.no_grad(), evaluation_mode(model), bar:
+        for length, indices in sorted(by_length.items()):
+            rows = max(1, min(batch_size, BATCH_TOKENS // length))
+            for begin in range(0, len(indices), rows):
+                batch = indices[begin : begin + rows]
+                ids = torch.from_numpy(np.stack([examples[i].ids for i in batch])).to(device)
+                keep = torch.zeros((len(batch), length - 1), dtype=torch.bool)
+                for row, i in enumerate(batch):
+                    keep[row, examples[i].answers - 1] = True
+                keep = keep.to(device)
+                if on_batch is not None:
+                    on_batch([WindowRef(examples[i].id, 0, length - 1) for i in batch])
+                logits = kept_logits(model, ids[:, :-1], torch.ones_like(ids[:, :-1]), keep)
+                hits = (logits.argmax(-1) == ids[:, 1:][keep]).cpu().numpy()
+                counts = [len(examples[i].answers) for i in batch]
+                right[batch] = [part.sum() for part in np.split(hits, np.cumsum(counts)[:-1])]
+                bar.update(ids.numel())
     return pd.DataFrame(
         {
             "document": [example.id for example in examples],
@@ -226,22 +228,40 @@ def score_recall(
     )
 
 
+def realised_shares(
+    table: pd.DataFrame, shares: Mapping[str, Mapping[int, np.ndarray]]
+) -> dict[tuple[str, int], float]:
+    """(task, length) -> the share of tokens on the cheap path, over its examples and layers (`GateRecord.shares`)."""
+    found = {}
+    for (task, length), cell in table.groupby(["task", "length"], sort=False):
+        fed = [values for document in cell["document"] for values in shares.get(document, {}).values()]
+        found[task, int(length)] = float(np.concatenate(fed).mean()) if fed else 0.0
+    return found
+
+
 def recall_rows(
     table: pd.DataFrame,
     baseline: pd.DataFrame,
-    mode: str,
-    share_target: float,
-    shares: Mapping[str, Mapping[int, np.ndarray]] | None = None,
+    columns: Mapping[str, object],
+    realised: Mapping[tuple[str, int], float],
     resamples: int = 10_000,
     seed: int = 0,
     level: float = 0.95,
 ) -> list[dict]:
     """Rows of recall_results.csv for one mode: one per task and length, in the table's order.
 
-    table, baseline: of `score_recall`, on the same examples; `right` may be a mean over seeds. shares:
-    `GateRecord.shares` of the examples; None where nothing went to Mamba. accuracy = right / answers; vs_baseline is
-    the paired difference to the baseline's. Intervals resample examples; of a single one they are NaN. chance is the
-    mean over examples, weighted with their answers. Raises ValueError where the tables hold other examples.
+    Args:
+        table, baseline: of `score_recall`, on the same examples; `right` may be a mean over seeds.
+        columns: the mode's name and columns, which each row carries.
+        realised: of `realised_shares`; what is not there is 0.
+        resamples, seed, level: of the bootstrap over examples; the interval of a single one is NaN.
+
+    Returns:
+        Rows with accuracy = right / answers, vs_baseline, the paired difference to the baseline's, and chance, the mean
+        over examples weighted with their answers.
+
+    Raises:
+        ValueError: where the tables hold other examples.
     """
     if table["document"].tolist() != baseline["document"].tolist():
         raise ValueError("recall can be compared on the same examples in the same order only; these tables differ")
@@ -255,14 +275,12 @@ def recall_rows(
         else:
             accuracy = stats.Interval(float(right.sum() / answers.sum()), np.nan, np.nan)
             difference = stats.Interval(float((right - base).sum() / answers.sum()), np.nan, np.nan)
-        fed = [values for document in cell["document"] for values in (shares or {}).get(document, {}).values()]
         rows.append(
             {
                 "task": task,
                 "length": int(length),
-                "mode": mode,
-                "share_target": share_target,
-                "share_realised": float(np.concatenate(fed).mean()) if fed else 0.0,
+                **columns,
+                "share_realised": realised.get((task, int(length)), 0.0),
                 "examples": len(cell),
                 "answers": int(answers.sum()),
                 "accuracy": accuracy.estimate,
@@ -275,6 +293,94 @@ def recall_rows(
             }
         )
     return rows
+
+
+# -- under gates
+def recall_modes(study: Study) -> list[Mode]:
+    """What recall is measured under: fixed alpha, all on Mamba; hard routing and learned, with random masks."""
+    share, seed = study.rule.share, study.rule.seed
+    routing = RoutingGate(share, signal=study.rule.signal, hard=True, seed=seed)
+    chosen = [Mode(f"fixed_{alpha:g}", FixedGate(alpha), alpha, "fixed") for alpha in (share, 1.0)]
+    chosen.append(Mode(f"routing_hard_{share:g}", routing, share, recipes=("random",)))
+    if study.sets[0].has_learned_gates:
+        learned = LearnedGate(share, hard=True, seed=seed)
+        chosen.append(Mode(f"learned_{share:g}", learned, share, variant="learned", recipes=("random",)))
+    return chosen
+
+
+def recall_study(study: Study, lengths: Sequence[int], examples: int) -> list[dict]:
+    """The rows of recall_results.csv: tasks that only the context answers, by mode, with the main set of sidecars.
+
+    The tasks are hidden in the evaluation text. The sidecars are attached here.
+    """
+    rows, documents, rule = [], study.session.texts["evaluation"], study.rule
+    for length in lengths:
+        asked = [
+            example
+            for task in TASKS.values()
+            for example in task(study.session.tokenizer, length, examples, rule.seed, documents)
+        ]
+        depends = study.session.text_key("evaluation")
+        depends |= {"length": length, "examples": examples, "tasks_seed": rule.seed}
+        label = f"recall {length}, baseline"
+        content = study.session.pieces.content(
+            label, depends, lambda asked=asked, label=label: _bare(study, asked, label)
+        )
+        baseline = pd.DataFrame(content["table"])
+        rows += recall_rows(baseline, baseline, {"mode": "baseline", **BASELINE}, {}, rule.resamples, rule.seed)
+        with attached(study.model, study.sets[0]):
+            for mode in recall_modes(study):
+                rows += _mode_rows(study, mode, asked, baseline, depends)
+    return rows
+
+
+def _mode_rows(
+    study: Study, mode: Mode, asked: list[RecallExample], baseline: pd.DataFrame, depends: Mapping[str, object]
+) -> list[dict]:
+    """Rows of a mode and of its random control, whose masks have the mode's counts in every example and layer."""
+    pieces, sidecars, rule = study.session.pieces, study.sets[0], study.rule
+    depends, record = {**depends, **gate_depends(study, mode, sidecars)}, None
+    label = f"recall {depends['length']}, {mode.name}"
+    content = pieces.find(label, depends)
+    if content is None:
+        fresh, record = _recall(study, calibrate(study, mode, sidecars), asked, label)
+        content = pieces.keep(label, depends, fresh)
+    realised = {(task, length): share for task, length, share in content["shares"]}
+    drawn = []
+    for seed in study.mask_seeds if mode.recipes else []:
+        own, own_label = {**depends, "recipe": "random", "mask_seed": seed}, f"{label}, random masks, seed {seed}"
+        found = pieces.find(own_label, own)
+        if found is None:
+            if record is None:
+                record = _recall(study, calibrate(study, mode, sidecars), asked, f"{label}, for its control")[1]
+            fresh, done = _recall(study, MaskGate(matched_random_masks(record.shares, seed)), asked, own_label)
+            controls.check_equal_counts(record.shares, done.shares)
+            found = pieces.keep(own_label, own, fresh)
+        drawn.append(pd.DataFrame(found["table"]))
+    own_columns = {"mode": mode.name, **mode.columns()}
+    table = pd.DataFrame(content["table"])
+    rows = recall_rows(table, baseline, own_columns, realised, rule.resamples, rule.seed)
+    if drawn:
+        mean = drawn[0].assign(right=np.mean([one["right"] for one in drawn], axis=0))
+        columns = {"mode": mode.control_name("random"), **mode.control_columns("random", mode.share)}
+        rows += recall_rows(mean, baseline, columns, realised, rule.resamples, rule.seed)
+    return rows
+
+
+def _bare(study: Study, asked: list[RecallExample], label: str) -> dict:
+    """What a piece keeps of the tasks without sidecars."""
+    table = score_recall(study.model, asked, study.session.windows["batch_size"], progress=label)
+    return {"table": table.to_dict("list")}
+
+
+def _recall(study: Study, gate: Gate, asked: list[RecallExample], label: str) -> tuple[dict, GateRecord]:
+    """(what a piece keeps, what was recorded) of the tasks under a gate."""
+    batch = study.session.windows["batch_size"]
+    set_gate(study.model, gate)
+    with record_gates(study.model) as record:
+        table = score_recall(study.model, asked, batch, attachment_of(study.model).on_batch, label)
+    shares = [[*key, share] for key, share in realised_shares(table, record.shares).items()]
+    return {"table": table.to_dict("list"), "shares": shares}, record
 
 
 # -- parts of examples

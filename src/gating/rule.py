@@ -5,7 +5,9 @@ tokens and its NLL in nats, averaged over the seeds of random masks. `judge` of 
 (for the first criterion's perplexities) and of the margin in margin.json, read back, gives verdict.json.
 """
 
+import argparse
 from dataclasses import asdict, dataclass
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -45,6 +47,11 @@ class Rule:
         """The routing gate, its random control and its block-shuffled control."""
         return tuple(f"{name}_{self.share:g}" for name in (ROUTING, RANDOM, SHUFFLED))
 
+    @property
+    def bootstrap(self) -> stats.Bootstrap:
+        """How differences get their intervals."""
+        return stats.Bootstrap(self.resamples, self.seed, self.level)
+
     def words(self) -> str:
         """The rule in words."""
         routing, random, shuffled = self.modes
@@ -62,6 +69,16 @@ class Rule:
             f"detectable effect (80 % power, 5 % two-sided) is at most {100 * self.detectable_fraction:g} % of what "
             f"{random} costs on evaluation text."
         )
+
+
+def rule_of(config: ModuleType, arguments: argparse.Namespace) -> Rule:
+    """The rule as config.py states it; resamples, level and seed are those of the command line."""
+    return Rule(
+        share=config.VERDICT_SHARE, signal=config.VERDICT_SIGNAL, layers=config.VERDICT_LAYERS,
+        sidecar_seeds=config.VERDICT_SIDECAR_SETS, documents=config.VERDICT_DOCUMENTS,
+        margin_fraction=config.VERDICT_MARGIN, detectable_fraction=config.VERDICT_DETECTABLE,
+        level=arguments.confidence_level, resamples=arguments.resamples, seed=arguments.seed,
+    )  # fmt: skip
 
 
 def sums_of(documents: pd.DataFrame, mode: str, sidecar_seeds: list[int] | None = None) -> np.ndarray:
@@ -97,18 +114,12 @@ def compare(documents: pd.DataFrame, mode: str, other: str, rule: Rule) -> stats
 
     The baseline has no sidecars: its one set stands beside all of the other's. NaN bounds below two documents.
     """
-    a, b, tokens = _paired_sums(documents, mode, other)
-    if len(tokens) < 2:
-        return stats.Interval(float((a - b).mean(axis=0).sum() / tokens.sum()), float("nan"), float("nan"))
-    return stats.paired_difference(a, b, tokens, rule.resamples, rule.seed, rule.level, "studentised")
+    return rule.bootstrap.difference(*_paired_sums(documents, mode, other))
 
 
 def p_value(documents: pd.DataFrame, mode: str, other: str, rule: Rule) -> float:
     """Two-sided p-value of the difference that `compare` gives; NaN below two documents."""
-    a, b, tokens = _paired_sums(documents, mode, other)
-    if len(tokens) < 2:
-        return float("nan")
-    return stats.paired_p_value(a, b, tokens, rule.resamples, rule.seed, "studentised")
+    return rule.bootstrap.p_value(*_paired_sums(documents, mode, other))
 
 
 def decide(random: stats.Interval, shuffled: stats.Interval | None, margin: float) -> str:
@@ -159,20 +170,20 @@ def judge(documents: pd.DataFrame, results: pd.DataFrame, rule: Rule, margin: fl
 
 def user_criterion(documents: pd.DataFrame, results: pd.DataFrame, rule: Rule) -> dict:
     """The first README's criterion: routing-gated perplexity against fixed alpha at the same mean share."""
-    rows = {row["mode"]: row for row in results.to_dict("records")}
-    pairs = []
-    for name, row in rows.items():
-        fixed = f"fixed_{name.split('_')[-1]}"
-        if not name.startswith(("routing_hard_", "routing_soft_")) or fixed not in rows:
+    records, pairs = results.to_dict("records"), []
+    plain = {row["share_target"]: row for row in records if row["kind"] == "fixed"}
+    for row in records:
+        fixed = plain.get(row["share_target"])
+        # Leading gates alone: those of another temperature, signal or threshold are no part of the criterion.
+        if row["kind"] != "routing" or _text(row["variant"]) or fixed is None:
             continue
-        difference = compare(documents, name, fixed, rule)
+        difference = compare(documents, row["mode"], fixed["mode"], rule)
         met = "yes" if difference.high < 0 else "no" if difference.low > 0 else "undecided"
         pairs.append(
             {
-                "routing": name, "fixed": fixed,
-                "perplexity_routing": row["perplexity"], "perplexity_fixed": rows[fixed]["perplexity"],
-                "share_realised_routing": row["share_realised"],
-                "share_realised_fixed": rows[fixed]["share_realised"],
+                "routing": row["mode"], "fixed": fixed["mode"],
+                "perplexity_routing": row["perplexity"], "perplexity_fixed": fixed["perplexity"],
+                "share_realised_routing": row["share_realised"], "share_realised_fixed": fixed["share_realised"],
                 "difference_nll": difference.estimate, "ci_low": difference.low, "ci_high": difference.high,
                 "met": met,
             }
@@ -291,6 +302,11 @@ def _criterion_differs(outcome: str, met: dict | None) -> str:
     if not other:
         return f"it agrees with the rule ({outcome}) in all {len(met)} comparisons"
     return f"the rule says {outcome}; it would have said: " + ", ".join(f"{name} {met[name]}" for name in other)
+
+
+def _text(cell: object) -> str:
+    """A cell of text; an empty one is NaN where a table was read from a file."""
+    return cell if isinstance(cell, str) else ""
 
 
 def _words(interval: stats.Interval) -> str:

@@ -62,6 +62,12 @@ class Session:
             self.started, eval_utils.model_device(self.model), self.model.dtype,
         )  # fmt: skip
 
+    def read(self, name: str, split: str, count: int | None) -> None:
+        """Read further text of a split, `count` documents or all, under a name of its own."""
+        self.texts[name] = text_data.load_documents(self.arguments.dataset, split, self.arguments.seed, count)
+        self.tokens[name] = text_data.tokenize(self.texts[name], self.tokenizer, self.arguments.document_tokens)
+        self.data[name] = text_data.identity(self.texts[name])
+
     def text_key(self, split: str) -> dict[str, Any]:
         """What a piece that was measured on a split's text depends on."""
         return {"text": self.data[split]["sha256"], "document_tokens": self.arguments.document_tokens}
@@ -99,11 +105,19 @@ class Session:
 
         return self.pieces.content(label, self.text_key("evaluation") | dict(depends), compute)
 
-    def generate(self, label: str, depends: Mapping[str, Any], prompts: Sequence[str]) -> list[str]:
-        """Greedy continuations of prompts by the model as it stands."""
+    def generate(
+        self,
+        label: str,
+        depends: Mapping[str, Any],
+        prompts: Sequence[str],
+        prepare: Callable[[], None] | None = None,
+    ) -> list[str]:
+        """Greedy continuations of prompts by the model as it stands, after `prepare` where they are missing."""
         tokens, seed = self.arguments.new_tokens, self.arguments.seed
 
         def compute() -> dict:
+            if prepare is not None:
+                prepare()
             texts = eval_utils.generate_texts(self.model, self.tokenizer, prompts, max_new_tokens=tokens, seed=seed)
             return {"texts": texts}
 

@@ -39,6 +39,10 @@ class SidecarSet:
         with safe_open(path, framework="np") as archive:
             return {f"{layer}.weight" for layer in self.layers} <= set(archive.keys())
 
+    def learned_gate_sha256(self) -> str:
+        """A hash over the learned gates that were trained with it."""
+        return _sha256([self.folder / LEARNED_GATES])
+
     def source(self) -> dict[str, object]:
         """The arguments of `attach_mamba_sidecar` that load it."""
         return {"sidecar_dir": self.folder, "stage": self.stage}
