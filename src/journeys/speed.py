@@ -9,7 +9,7 @@ from torch import nn
 
 from src.base.timing import clock, cost, in_turns
 from src.eval_utils import model_device, peak_memory_gb, reset_peak_memory
-from src.journeys import collection, measures, store
+from src.journeys import collection, measures, store, tables
 from src.journeys.sample import Sample
 from src.routing_extractor import TopKExtractor, router_shape
 
