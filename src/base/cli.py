@@ -417,9 +417,9 @@ def _add(parser: argparse.ArgumentParser, name: str, default: Any) -> None:
 
 def _peek(argv: Sequence[str], name: str) -> str | None:
     """The value of a flag, before the parser that reads it properly is made; None where it is not there."""
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
+    for index, word in enumerate(argv):
         if word == f"--{name}":
-            return following
+            return argv[index + 1] if index + 1 < len(argv) else None
         if word.startswith(f"--{name}="):
             return word.partition("=")[2]
     return None
