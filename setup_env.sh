@@ -276,9 +276,6 @@ else
     die "pip could not install requirements.txt: $cause. Then call again"
   try_pip install --no-deps --requirement requirements-no-deps.txt ||
     die "pip could not install requirements-no-deps.txt: $cause. Then call again"
-  # reasoning-gym imports all of its puzzles at once and one of them pycosat, which must be compiled. Nothing here uses
-  # that puzzle, so an empty module does; a real pycosat, being compiled, is found before it.
-  run "$python" -c 'import sysconfig; open(sysconfig.get_path("purelib") + "/pycosat.py", "w").close()'
   if $gpu && ! install_kernels; then
     say "Mamba kernels: $cause." \
       "Nothing is lost but speed: the sidecars run on PyTorch, with the same weights and results."

@@ -21,6 +21,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+
+from src.base.text_files import read_jsonl, read_text, wikitext_articles
 
 SPLITS = ("train", "calibration", "evaluation")
 DOMAINS = ("docs", "code", "math", "story")
@@ -57,7 +60,6 @@ MATH_INSTRUCTION = " Give the result as your final answer. Do not include units.
 STORY_SECTION_CHARACTERS = 2_500
 FILE_SECTION_CHARACTERS = 4_000
 WIKITEXT_SPLITS = {"evaluation": "test", "calibration": "validation", "train": "train"}
-WIKITEXT_TITLE = re.compile(r"^ ?= (?!=)(.*[^=\s]) = ?$")  # ` = Title = `; section headings have ` = = `
 
 # The text as recorded: package versions, and the hash of each built-in domain and split (see `identity`).
 RECORDED_VERSIONS = {
@@ -356,6 +358,22 @@ def _package_folder(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def gsm_symbolic(seed: int, size: int):
+    """reasoning-gym's GSM-symbolic: a sequence of `size` generated problems, problem i drawn from seed + i.
+
+    Importing the package would import all its puzzles, and with them packages that nothing here needs and setup_env.sh
+    does not install (one of them must be compiled). So its packages are found, but not run. Raises FileNotFoundError
+    where reasoning-gym is not installed.
+    """
+    _package_folder("reasoning_gym")
+    for name in ("reasoning_gym", "reasoning_gym.arithmetic", "reasoning_gym.coaching"):
+        if name not in sys.modules:
+            sys.modules[name] = importlib.util.module_from_spec(importlib.util.find_spec(name))
+    from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import GSMSymbolicDataset, GSMSymbolicDatasetConfig
+
+    return GSMSymbolicDataset(GSMSymbolicDatasetConfig(seed=seed, size=size))
+
+
 @cache
 def _domain_documents(domain: str, split: str) -> tuple[Document, ...]:
     """All documents of a built-in domain and split, sorted by id."""
@@ -470,13 +488,10 @@ def _math_problems(split: str) -> dict[str, Document]:
     Calibration and evaluation take one problem per template of GSM-symbolic, so that their documents are not variants
     of one another; training takes all. Templates are shared between splits, problems are not.
     """
-    _package_folder("reasoning_gym")
-    from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import GSMSymbolicDataset, GSMSymbolicDatasetConfig
-
     earlier = SPLITS[SPLITS.index(split) + 1 :]
     taken = {text for other in earlier for text in _math_problems(other)}
     seed, size = MATH_SEEDS[split], MATH_PROBLEMS[split]
-    dataset = GSMSymbolicDataset(GSMSymbolicDatasetConfig(seed=seed, size=size))
+    dataset = gsm_symbolic(seed, size)
     problems, templates = {}, set()
     for index, template in enumerate(dataset.task_indices):
         if split != "train" and template in templates:
@@ -534,23 +549,9 @@ def _wikitext_documents(split: str) -> list[Document]:
         ) from error
     finally:
         hub_logging.set_verbosity(verbosity)
-    return _articles(lines, WIKITEXT_SPLITS[split])
-
-
-def _articles(lines: Iterable[str], hub_split: str) -> list[Document]:
-    """WikiText's lines, joined to articles at the titles (` = Title = ` after an empty line)."""
-    articles, empty_before = [], True
-    for line in lines:
-        line = line.rstrip("\n")
-        title = WIKITEXT_TITLE.match(line) if empty_before else None
-        if title:
-            articles.append((title.group(1), []))
-        if articles:
-            articles[-1][1].append(line)
-        empty_before = not line.strip()
     return [
-        Document(f"wikitext/{hub_split}/{number:04d} {title}", "wikitext", "\n".join(body).strip("\n") + "\n")
-        for number, (title, body) in enumerate(articles)
+        Document(f"wikitext/{WIKITEXT_SPLITS[split]}/{number:04d} {title}", "wikitext", text)
+        for number, (title, text) in enumerate(wikitext_articles(lines))
     ]
 
 
@@ -572,11 +573,11 @@ def _file_documents(source: str, split: str) -> list[Document]:
         files = sorted(path.glob("*.txt"))
         if not files:
             raise ValueError(f"{source}: the folder holds no .txt file")
-        texts = {f"{path.name}/{file.name}": _read_text(file) for file in files}
+        texts = {f"{path.name}/{file.name}": read_text(file) for file in files}
     elif path.suffix == ".jsonl":
-        texts = _read_jsonl(path)
+        texts = read_jsonl(path)
     elif path.suffix == ".txt":
-        text = _read_text(path)
+        text = read_text(path)
         if "\f" in text:
             parts = [part.strip("\n") + "\n" for part in text.split("\f") if part.strip()]
             texts = {f"{path.name}:{number}": part for number, part in enumerate(parts, start=1)}
@@ -596,38 +597,3 @@ def _not_empty(documents: list[Document], source: str, split: str) -> list[Docum
     if not documents:
         raise ValueError(f"{source}: too few documents to have any for {split}; give at least three, or another source")
     return documents
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    if not text.strip():
-        raise ValueError(f"{path}: the file is empty")
-    return text
-
-
-def _read_jsonl(path: Path) -> dict[str, str]:
-    """Text by `file:line`."""
-    texts = {}
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
-        texts[f"{path.name}:{number}"] = _record_text(record, f"{path}, line {number}")
-    return texts
-
-
-def _record_text(record, where: str) -> str:
-    fields = record if isinstance(record, dict) else {}
-    for names, separator in ((("text",), ""), (("prompt", "canonical_solution"), ""), (("question", "answer"), "\n")):
-        values = [fields[name] for name in names if name in fields]
-        if names[0] in fields:
-            if not all(isinstance(value, str) for value in values) or not "".join(values).strip():
-                raise ValueError(f"{where}: {' and '.join(names)} must be a string that is not empty")
-            return separator.join(values)
-    raise ValueError(f'{where}: expected an object with "text", "prompt" or "question"')

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.base.errors import UserError
-from src.base.text_data import MATH_INSTRUCTION
+from src.base.text_data import MATH_INSTRUCTION, gsm_symbolic
 from src.eval_utils import model_device
 from src.journeys.store import Journeys, expert_dtype
 from src.models.loading import is_blockffn, resolve_model_path, weight_files
@@ -140,13 +140,9 @@ def _gsm8k_file(cache_dir: str | Path | None) -> Path:
 
 def _gsm_symbolic(count: int, seed: int) -> ProblemSet:
     """`count` different questions of reasoning-gym's GSM-symbolic, in the order in which it generates them."""
-    try:
-        from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import GSMSymbolicDataset, GSMSymbolicDatasetConfig
-    except ImportError as error:
-        raise UserError("the package reasoning-gym is not installed; ./setup_env.sh installs it") from error
     first_seed = GSM_SYMBOLIC_SEED + GSM_SYMBOLIC_SEED_STEP * seed
     size = min(2 * count + 100, GSM_SYMBOLIC_SEED_STEP)  # more than enough: few problems repeat
-    dataset = GSMSymbolicDataset(GSMSymbolicDatasetConfig(seed=first_seed, size=size))
+    dataset = gsm_symbolic(first_seed, size)
     questions: dict[str, None] = {}
     for index in range(size):
         if len(questions) == count:

@@ -133,14 +133,12 @@ def test_code_is_humaneval():
 
 
 def test_math_is_gsm_symbolic_with_one_problem_per_template_outside_training():
-    import reasoning_gym
-
     for split in ("evaluation", "calibration"):
         documents = text_data.load_documents("math", split)
         templates = [document.id.split("/")[1] for document in documents]
         assert len(documents) >= 60 and len(set(templates)) == len(templates)
         seed = text_data.MATH_SEEDS[split]
-        dataset = reasoning_gym.create_dataset("gsm_symbolic", seed=seed, size=text_data.MATH_PROBLEMS[split])
+        dataset = text_data.gsm_symbolic(seed, text_data.MATH_PROBLEMS[split])
         for document in documents[:10]:
             problem = dataset[int(document.id.split("/")[2]) - seed]
             question, answer = document.text.split("\n", 1)
@@ -283,7 +281,9 @@ def test_wrong_arguments_are_named(tmp_path):
         text_data.load_documents("code", "train", limit=0)
 
 
-def test_wikitext_articles_split_at_titles():
+def test_wikitext_articles_split_at_titles(monkeypatch):
+    import datasets
+
     lines = [
         "",
         " = First = One = ",
@@ -296,7 +296,9 @@ def test_wikitext_articles_split_at_titles():
         "",
         "x",
     ]
-    first, second = text_data._articles([line + "\n" if line else line for line in lines], "test")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"text": [line + "\n" for line in lines]})
+    documents = text_data.load_documents("wikitext", "evaluation")
+    first, second = sorted(documents, key=lambda document: document.id)
     assert first.id == "wikitext/test/0000 First = One" and " = not a title = " in first.text
     assert second.id == "wikitext/test/0001 Second" and second.text == " = Second = \n\nx\n"
 

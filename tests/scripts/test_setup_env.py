@@ -25,7 +25,6 @@ case "$*" in
   *version_info*) echo {version} ;;
   *"import venv"*) exit {no_venv} ;;
   *sys.executable*) echo "$0" ;;
-  *sysconfig*) ;;
   *urllib*) echo "asks ${{*:3}}" >>"$LOG"; [ -n "$CPU_INDEX_ANSWERS" ] ;;
   *'version("torch")'*) [ -n "$FAKE_TORCH" ] && echo "$FAKE_TORCH" ;;
   *torch.version.cuda*) echo "${{FAKE_CUDA-13.0}}" ;;
