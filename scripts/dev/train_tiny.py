@@ -155,7 +155,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from src.hybrid.distill import zeroed_attention
+    from src.hybrid.recovery import zeroed_attention
     from src.models import model_card, pretraining
     from src.models.pretraining_text import TextRows
 

@@ -26,9 +26,10 @@ from src.gating.runs import Study, score_gate
 from src.gating.tables import mean_table, paired
 from src.hybrid.attach import attach_mamba_sidecar, detach_mamba_sidecars
 from src.hybrid.calibration import calibrate_gates
-from src.hybrid.distill import DistillSettings, measure_recovery, train_stage_a, train_stage_b
+from src.hybrid.distill import DistillSettings, train_stage_a, train_stage_b
 from src.hybrid.gates import FixedGate, Gate, MaskGate, ScoredGate, matched_random_masks
 from src.hybrid.layer import attachment_of, base_logits, set_gate
+from src.hybrid.recovery import measure_recovery
 from src.hybrid.sidecar import SidecarSettings, attention_settings
 from src.hybrid.sidecar_sets import SidecarSet
 from src.models.families import decoder_layers
@@ -164,7 +165,7 @@ def measure_variant(study: Study, protocol: Protocol, variant: Variant) -> dict:
 
     The values are parameters (of one sidecar); kl on the validation windows under random masks whose share is drawn per
     window, alike for all variants (the curves have other masks), and kl_alpha_1 with every token on Mamba, nats per
-    token; recovered on calibration text (`distill.Recovery`), and the share that the gate realised. The sums are those
+    token; recovered on calibration text (`recovery.Recovery`), and the share that the gate realised. The sums are those
     of alpha 1 (`alone`), of the gate, and of random masks, mean over their seeds, with exactly the gate's counts in
     every layer and document; that is checked. The model comes without sidecars and leaves without.
     """

@@ -13,23 +13,18 @@ resumed from its checkpoint ends in the same weights as an uninterrupted one.
 """
 
 import hashlib
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from src.base.text_data import TokenDocument
-from src.eval_utils import model_device, score_documents
+from src.eval_utils import model_device
 from src.hybrid.attach import attach_mamba_sidecar, detach_mamba_sidecars
 from src.hybrid.checkpoints import (
     base_fingerprint,
@@ -40,9 +35,10 @@ from src.hybrid.checkpoints import (
     update_index,
 )
 from src.hybrid.gates import FixedGate, LearnedGate, MaskGate
-from src.hybrid.layer import attachment_of, bypass_sidecars, set_gate
+from src.hybrid.layer import attachment_of, set_gate
+from src.hybrid.losses import attention_pairs, kl_from_teacher, relative_error
 from src.hybrid.sidecar import SidecarSettings, new_sidecar
-from src.models.families import decoder_layers
+from src.hybrid.training_state import CheckpointPart, TrainingCheckpoint
 
 # Sidecars are trained in float32 and stored with their matrices in 16 bits.
 STORED = torch.bfloat16
@@ -54,8 +50,6 @@ GATE_TEMPERATURE = 0.5
 # fraction of the features' mean square.
 RIDGE_BATCHES = 4
 RIDGE = 1e-3
-# Logits per piece of the KL: keeps the float32 copies of a large vocabulary small.
-KL_PIECE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -117,64 +111,51 @@ def train_stage_a(
 
     Raises ValueError for a model with sidecars attached or no windows.
     """
-    _check_windows(train, validation)
     layers = sorted(layers)
-    checkpoint = _Checkpoint(
-        Path(checkpoints) / "stage_a.pt",
-        {
-            "stage": "a",
-            "base": base_fingerprint(model),
-            "sidecars": asdict(sidecars),
-            "settings": asdict(settings),
-            "layers": layers,
-            "one_at_a_time": one_at_a_time,
-            "data": _hash(train, validation),
-        },
-    )
+    what = {"stage": "a", "sidecars": asdict(sidecars), "one_at_a_time": one_at_a_time}
+    checkpoint = _checkpoint(Path(checkpoints) / "stage_a.pt", model, layers, settings, train, validation, what)
     groups = [[layer] for layer in layers] if one_at_a_time else [layers]
     rows = []
     for number, group in enumerate(groups):
         label = f"stage A, layer {group[0]}" if one_at_a_time else f"stage A, {len(group)} layers"
         modules = {layer: new_sidecar(model, layer, sidecars, settings.seed).float().train() for layer in group}
-        if sidecars.init == "random" and checkpoint.part(number).load() is None:
+        part = checkpoint.part(number)
+        if sidecars.init == "random" and part.load() is None:
             _fit_out_proj(model, modules, train, settings)
-
-        def losses(ids, modules=modules, group=group):
-            captured = _attention_pairs(model, group, ids, settings.bf16)
-            return {layer: _relative_error(module, *captured.pop(layer)) for layer, module in modules.items()}
-
-        def loss_of(ids, step, losses=losses):
-            per_layer = losses(ids)
-            return sum(per_layer.values()), {("normalised_mse", layer): value for layer, value in per_layer.items()}
-
-        def validate(losses=losses):
-            parts = [losses(ids) for ids in _pieces(validation, settings.batch_size, model)]
-            return {("normalised_mse", layer): _mean([part[layer] for part in parts]) for layer in parts[0]}
-
-        group_rows = _optimise(
-            "a",
-            {str(layer): module for layer, module in modules.items()},
-            loss_of,
-            validate,
-            train,
-            settings,
-            checkpoint.part(number),
-            label if progress else None,
-            model,
-        )
+        rows += _train_on_attention(model, modules, train, validation, settings, part, label if progress else None)
         for layer, module in modules.items():
             save_sidecar(folder, "a", layer, module, STORED)
-        rows += group_rows
     final = {str(row["layer"]): row["value"] for row in rows if row["split"] == "validation"}
-    update_index(
-        folder,
-        model,
-        sidecars,
-        "a",
-        layers,
-        {"settings": _public(settings), "validation_normalised_mse": final, "tokens": _tokens(settings, train)},
-    )
+    training = {"settings": _public(settings), "validation_normalised_mse": final, "tokens": _tokens(settings, train)}
+    update_index(folder, model, sidecars, "a", layers, training)
     return rows
+
+
+def _train_on_attention(
+    model: nn.Module,
+    modules: dict[int, nn.Module],
+    train: np.ndarray,
+    validation: np.ndarray,
+    settings: DistillSettings,
+    part: CheckpointPart,
+    label: str | None,
+) -> list[dict]:
+    """Train sidecars, each on the attention of its layer, with one forward of the teacher for all of them."""
+
+    def losses(ids):
+        captured = attention_pairs(model, list(modules), ids, settings.bf16)
+        return {layer: relative_error(module, *captured.pop(layer)) for layer, module in modules.items()}
+
+    def loss_of(ids, step):
+        per_layer = losses(ids)
+        return sum(per_layer.values()), {("normalised_mse", layer): value for layer, value in per_layer.items()}
+
+    def validate():
+        parts = [losses(ids) for ids in _pieces(validation, settings.batch_size, model)]
+        return {("normalised_mse", layer): _mean([one[layer] for one in parts]) for layer in parts[0]}
+
+    named = {str(layer): module for layer, module in modules.items()}
+    return _optimise("a", named, loss_of, validate, train, settings, part, label, model)
 
 
 def train_stage_b(
@@ -193,19 +174,9 @@ def train_stage_b(
     validation rows hold it under fixed masks of that kind (`kl`) and with every token on Mamba (`kl_alpha_1`).
     The model comes without sidecars and leaves without. Returns and raises as `train_stage_a`.
     """
-    _check_windows(train, validation)
     layers = sorted(layers)
-    checkpoint = _Checkpoint(
-        Path(checkpoints) / "stage_b.pt",
-        {
-            "stage": "b",
-            "base": base_fingerprint(model),
-            "settings": asdict(settings),
-            "layers": layers,
-            "start": _hash_files(Path(folder) / "stage_a", layers),
-            "data": _hash(train, validation),
-        },
-    )
+    what = {"stage": "b", "start": _hash_files(Path(folder) / "stage_a", layers)}
+    checkpoint = _checkpoint(Path(checkpoints) / "stage_b.pt", model, layers, settings, train, validation, what)
     attach_mamba_sidecar(model, layers, gate=MaskGate({}), sidecar_dir=folder, stage="a")
     attachment = attachment_of(model)
     hybrids = dict(zip(layers, attachment.hybrid_layers(), strict=True))
@@ -217,7 +188,7 @@ def train_stage_b(
         attachment.batch_masks = {
             layer: (torch.rand(ids.shape, generator=generator) < shares).float().to(ids.device) for layer in layers
         }
-        return _kl_from_teacher(model, ids, settings.bf16)
+        return kl_from_teacher(model, ids, settings.bf16)
 
     def loss_of(ids, step):
         loss = divergence(ids, _generator(settings.seed, 1, step))
@@ -227,22 +198,14 @@ def train_stage_b(
         pieces = _pieces(validation, settings.batch_size, model)
         masked = [divergence(ids, _generator(settings.seed, 2, number)) for number, ids in enumerate(pieces)]
         set_gate(model, FixedGate(1.0))
-        alone = [_kl_from_teacher(model, ids, settings.bf16) for ids in pieces]
+        alone = [kl_from_teacher(model, ids, settings.bf16) for ids in pieces]
         set_gate(model, MaskGate({}))
         return {("kl", "all"): _mean(masked), ("kl_alpha_1", "all"): _mean(alone)}
 
     try:
-        rows = _optimise(
-            "b",
-            {str(layer): hybrid.sidecar for layer, hybrid in hybrids.items()},
-            loss_of,
-            validate,
-            train,
-            settings,
-            checkpoint.part(0),
-            "stage B" if progress else None,
-            model,
-        )
+        modules = {str(layer): hybrid.sidecar for layer, hybrid in hybrids.items()}
+        label = "stage B" if progress else None
+        rows = _optimise("b", modules, loss_of, validate, train, settings, checkpoint.part(0), label, model)
         last = {row["quantity"]: row["value"] for row in rows if row["split"] == "validation"}
         training = {"settings": _public(settings), "validation": last, "tokens": _tokens(settings, train)}
         save_sidecars(model, folder, "b", training, STORED)
@@ -270,42 +233,21 @@ def train_learned_gate(
     token + BUDGET_WEIGHT * sum over layers (mean sigmoid(w.x + b) - share)^2. Sidecars stay as they are.
     Returns and raises as `train_stage_a`; ValueError also for a share outside (0, 1).
     """
-    _check_windows(train, validation)
     if not 0.0 < share < 1.0:
         raise ValueError(f"the learned gate's share is {share}; it must lie inside (0, 1)")
     layers = sorted(layers)
-    checkpoint = _Checkpoint(
-        Path(checkpoints) / "learned_gate.pt",
-        {
-            "stage": f"gate on {stage}",
-            "base": base_fingerprint(model),
-            "share": share,
-            "settings": asdict(settings),
-            "layers": layers,
-            "start": _hash_files(Path(folder) / f"stage_{stage}", layers),
-            "data": _hash(train, validation),
-        },
-    )
+    what = {"stage": f"gate on {stage}", "share": share}
+    what["start"] = _hash_files(Path(folder) / f"stage_{stage}", layers)
+    checkpoint = _checkpoint(Path(checkpoints) / "learned_gate.pt", model, layers, settings, train, validation, what)
     gate = LearnedGate(alpha=0.5, temperature=GATE_TEMPERATURE)
     attach_mamba_sidecar(model, layers, gate=gate, sidecar_dir=folder, stage=stage)
     attachment = attachment_of(model)
-    hybrids = dict(zip(layers, attachment.hybrid_layers(), strict=True))
-    scores: dict[int, torch.Tensor] = {}
-    for layer, hybrid in hybrids.items():
-        hybrid.gate_proj.requires_grad_(True)
-        nn.init.constant_(hybrid.gate_proj.bias, math.log(share / (1.0 - share)))
-        # the gates go with the sidecars when those are detached, hooks and all
-        hybrid.gate_proj.register_forward_hook(
-            lambda _module, _inputs, output, layer=layer: scores.__setitem__(layer, output)
-        )
+    gates = {layer: hybrid.gate_proj for layer, hybrid in zip(layers, attachment.hybrid_layers(), strict=True)}
+    scores = _watch_gates(gates, share)
 
     def measure(ids, generator):
-        noise = {}
-        for layer in layers:
-            uniform = torch.rand(ids.shape, generator=generator).clamp(1e-6, 1.0 - 1e-6)
-            noise[layer] = torch.logit(uniform).to(ids.device)
-        attachment.score_noise = noise
-        kl = _kl_from_teacher(model, ids, settings.bf16)
+        attachment.score_noise = {layer: _logistic_noise(ids, generator) for layer in layers}
+        kl = kl_from_teacher(model, ids, settings.bf16)
         return kl, {layer: torch.sigmoid(scores[layer].float()).mean() for layer in layers}
 
     def loss_of(ids, step):
@@ -323,86 +265,31 @@ def train_learned_gate(
         return {("kl", "all"): _mean([part[0] for part in parts])} | shares
 
     try:
-        rows = _optimise(
-            "gate",
-            {str(layer): hybrid.gate_proj for layer, hybrid in hybrids.items()},
-            loss_of,
-            validate,
-            train,
-            settings,
-            checkpoint.part(0),
-            "learned gate" if progress else None,
-            model,
-        )
+        modules = {str(layer): module for layer, module in gates.items()}
+        label = "learned gate" if progress else None
+        rows = _optimise("gate", modules, loss_of, validate, train, settings, checkpoint.part(0), label, model)
         save_learned_gates(model, folder)
     finally:
         detach_mamba_sidecars(model)
     return rows
 
 
-# ---------------------------------------------------------------- what they are worth
+def _watch_gates(gates: dict[int, nn.Module], share: float) -> dict[int, torch.Tensor]:
+    """Let gates train from the bias that gives `share`; returns layer -> what its gate put out last, [B, T, 1].
 
-
-@dataclass(frozen=True)
-class Recovery:
-    """Nats per token of the base model, with the layers' attention zeroed, and with Mamba in its place (alpha 1)."""
-
-    base: float
-    zeroed: float
-    mamba: float
-    tokens: int
-
-    @property
-    def recovered(self) -> float:
-        """Share of what zeroing costs that the sidecars win back: (zeroed - mamba) / (zeroed - base)."""
-        return (self.zeroed - self.mamba) / (self.zeroed - self.base)
-
-
-def measure_recovery(
-    model: nn.Module,
-    layers: Sequence[int],
-    documents: Sequence[TokenDocument],
-    folder: str | Path,
-    stage: str,
-    max_seq_len: int,
-    stride: int,
-    batch_size: int,
-    progress: bool = True,
-) -> Recovery:
-    """How much of these layers' attention the sidecars of a stage replace, on `documents`.
-
-    The model comes without sidecars and leaves without. Raises ValueError as `attach_mamba_sidecar`.
+    The gates go with the sidecars when those are detached, hooks and all.
     """
-
-    def nll(label):
-        label = label if progress else None
-        return score_documents(model, documents, max_seq_len, stride, batch_size, progress=label)
-
-    base = nll("base model")
-    with zeroed_attention(model, layers):
-        zeroed = nll("attention zeroed")
-    attach_mamba_sidecar(model, layers, alpha=1.0, gate_mode="fixed", sidecar_dir=folder, stage=stage)
-    try:
-        mamba = nll(f"stage {stage.upper()} at alpha 1")
-    finally:
-        detach_mamba_sidecars(model)
-    return Recovery(base.nll_per_token, zeroed.nll_per_token, mamba.nll_per_token, int(base.tokens.sum()))
+    scores: dict[int, torch.Tensor] = {}
+    for layer, module in gates.items():
+        module.requires_grad_(True)
+        nn.init.constant_(module.bias, math.log(share / (1.0 - share)))
+        module.register_forward_hook(lambda _module, _inputs, out, layer=layer: scores.__setitem__(layer, out))
+    return scores
 
 
-@contextmanager
-def zeroed_attention(model: nn.Module, layers: Sequence[int]) -> Iterator[nn.Module]:
-    """Inside, the sequence mixers of `layers` put out zeros: the residual stream passes them by."""
-    hooks = [
-        decoder_layers(model)[layer].self_attn.register_forward_hook(
-            lambda _module, _inputs, output: (torch.zeros_like(output[0]), *output[1:])
-        )
-        for layer in layers
-    ]
-    try:
-        yield model
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _logistic_noise(ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Standard logistic noise, one number for each of ids [B, T]."""
+    return torch.logit(torch.rand(ids.shape, generator=generator).clamp(1e-6, 1.0 - 1e-6)).to(ids.device)
 
 
 @dataclass(frozen=True)
@@ -429,12 +316,12 @@ def estimate_stage_a(
     ids = _batch(train[: settings.batch_size], model)
     last = max(layers)
     started = time.perf_counter()
-    pairs = _attention_pairs(model, [last], ids, settings.bf16)
+    pairs = attention_pairs(model, [last], ids, settings.bf16)
     _synchronise(ids.device)
     teacher = time.perf_counter() - started
     module = new_sidecar(model, last, sidecars, settings.seed).float().train()
     started = time.perf_counter()
-    _relative_error(module, *pairs[last]).backward()
+    relative_error(module, *pairs[last]).backward()
     _synchronise(ids.device)
     step = time.perf_counter() - started
     parameters = sum(parameter.numel() for parameter in module.parameters())
@@ -451,41 +338,28 @@ def estimate_stage_a(
 # ---------------------------------------------------------------- optimisation
 
 
-class _Checkpoint:
-    """One file per stage: finished parts (rows and weights) and the state of the running one, replaced atomically.
+def _checkpoint(
+    path: Path,
+    model: nn.Module,
+    layers: Sequence[int],
+    settings: DistillSettings,
+    train: np.ndarray,
+    validation: np.ndarray,
+    what: dict,
+) -> TrainingCheckpoint:
+    """The checkpoint of a stage, for this model, layers, settings and text, and what else the stage depends on.
 
-    A file of other settings, data or model is ignored, and overwritten at the next save.
+    Raises ValueError where the text is no token windows.
     """
-
-    def __init__(self, path: Path, signature: dict):
-        self.path, self.signature = path, json.dumps(signature, sort_keys=True)
-        self.parts: dict[int, dict] = {}
-        if path.is_file():
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-            if stored.get("signature") == self.signature:
-                self.parts = stored["parts"]
-
-    def part(self, number: int) -> "_Part":
-        return _Part(self, number)
-
-    def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        torch.save({"signature": self.signature, "parts": self.parts}, temporary)
-        os.replace(temporary, self.path)
-
-
-@dataclass(frozen=True)
-class _Part:
-    checkpoint: _Checkpoint
-    number: int
-
-    def load(self) -> dict | None:
-        return self.checkpoint.parts.get(self.number)
-
-    def save(self, state: dict) -> None:
-        self.checkpoint.parts[self.number] = state
-        self.checkpoint.save()
+    if train.ndim != 2 or validation.ndim != 2 or not len(train) or not len(validation):
+        raise ValueError(f"distillation needs token windows [N, T]; got {train.shape} and {validation.shape}")
+    common = {
+        "base": base_fingerprint(model),
+        "settings": asdict(settings),
+        "layers": list(layers),
+        "data": _hash(train, validation),
+    }
+    return TrainingCheckpoint(path, common | what)
 
 
 def _optimise(
@@ -495,7 +369,7 @@ def _optimise(
     validate: Callable[[], dict],
     train: np.ndarray,
     settings: DistillSettings,
-    part: _Part,
+    part: CheckpointPart,
     label: str | None,
     model: nn.Module,
 ) -> list[dict]:
@@ -503,15 +377,7 @@ def _optimise(
 
     loss_of(ids [B, T], step) -> (loss, {(quantity, layer): value}); validate() -> {(quantity, layer): value}.
     """
-    trained = [parameter for module in modules.values() for parameter in module.parameters()]
-    optimiser = torch.optim.AdamW(
-        [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        betas=(0.9, 0.95),
-    )
+    optimiser = _adamw(modules, settings)
     rows: list[dict] = []
     sums: dict[tuple, list[float]] = {}
     start = 0
@@ -525,50 +391,23 @@ def _optimise(
             optimiser.load_state_dict(state["optimiser"])
 
     def log(step, split, values):
+        tokens, rate = step * settings.batch_size * train.shape[1], settings.rate(max(step - 1, 0))
         for (quantity, layer), value in values.items():
-            rows.append(
-                {
-                    "stage": stage,
-                    "quantity": quantity,
-                    "layer": layer,
-                    "step": step,
-                    "tokens": step * settings.batch_size * train.shape[1],
-                    "split": split,
-                    "value": value,
-                    "learning_rate": settings.rate(max(step - 1, 0)),
-                }
-            )
+            head = {"stage": stage, "quantity": quantity, "layer": layer, "step": step, "tokens": tokens}
+            rows.append(head | {"split": split, "value": value, "learning_rate": rate})
 
     def evaluate(step):
         with torch.no_grad():
             log(step, "validation", {key: float(value) for key, value in validate().items()})
 
-    def keep(step):
-        finished = step == settings.steps
-        part.save(
-            {
-                "step": step,
-                "rows": rows,
-                "sums": [[list(key), pair] for key, pair in sums.items()],
-                "modules": {name: _detached(module.state_dict()) for name, module in modules.items()},
-                "optimiser": {} if finished else optimiser.state_dict(),
-            }
-        )
-
     if start == 0:
         evaluate(0)
     bar = tqdm(total=settings.steps, initial=start, desc=label, unit="step", disable=label is None)
     for step in range(start, settings.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = settings.rate(step)
         loss, values = loss_of(_batch(_rows_of_step(train, settings, step), model), step)
         if not torch.isfinite(loss):
             raise ValueError(f"the loss of stage {stage} is {loss.item()} at step {step}; try a smaller learning rate")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        for module in modules.values():
-            nn.utils.clip_grad_norm_(module.parameters(), settings.clip_norm)
-        optimiser.step()
+        _step(optimiser, modules, loss, settings, step)
         for key, value in values.items():
             pair = sums.setdefault(key, [0.0, 0])
             pair[0] += float(value.detach())
@@ -581,9 +420,44 @@ def _optimise(
             evaluate(done)
             bar.set_postfix_str(f"validation {rows[-1]['quantity']} {rows[-1]['value']:.3f}")
         if done % settings.checkpoint_every == 0 or done == settings.steps:
-            keep(done)
+            part.save(
+                {
+                    "step": done,
+                    "rows": rows,
+                    "sums": [[list(key), pair] for key, pair in sums.items()],
+                    "modules": {name: _detached(module.state_dict()) for name, module in modules.items()},
+                    "optimiser": {} if done == settings.steps else optimiser.state_dict(),
+                }
+            )
     bar.close()
     return rows
+
+
+def _adamw(modules: dict[str, nn.Module], settings: DistillSettings) -> torch.optim.AdamW:
+    """AdamW over the modules' parameters; matrices decay, biases, norms and the like do not."""
+    trained = [parameter for module in modules.values() for parameter in module.parameters()]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+
+
+def _step(
+    optimiser: torch.optim.Optimizer,
+    modules: dict[str, nn.Module],
+    loss: torch.Tensor,
+    settings: DistillSettings,
+    step: int,
+) -> None:
+    """One step of the optimiser, at this step's learning rate, each module's gradient clipped on its own."""
+    for group in optimiser.param_groups:
+        group["lr"] = settings.rate(step)
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    for module in modules.values():
+        nn.utils.clip_grad_norm_(module.parameters(), settings.clip_norm)
+    optimiser.step()
 
 
 def _rows_of_step(train: np.ndarray, settings: DistillSettings, step: int) -> np.ndarray:
@@ -614,7 +488,7 @@ def _fit_out_proj(
     try:
         for step in range(min(RIDGE_BATCHES, settings.steps)):
             ids = _batch(_rows_of_step(train, settings, step), model)
-            captured = _attention_pairs(model, list(modules), ids, settings.bf16)
+            captured = attention_pairs(model, list(modules), ids, settings.bf16)
             for layer, module in modules.items():
                 inputs, target = captured.pop(layer)
                 module(inputs)
@@ -633,59 +507,6 @@ def _fit_out_proj(
         module.mixer.out_proj.weight.copy_(torch.linalg.solve(gram, cross).T)
 
 
-def _attention_pairs(model: nn.Module, layers: Sequence[int], ids: torch.Tensor, bf16: bool) -> dict:
-    """layer -> (input, output), each [B, T, D] float32, of the teacher's attention; the forward ends at the last."""
-
-    class _Enough(Exception):
-        pass
-
-    captured, hooks = {}, []
-
-    def capture(layer, args, kwargs, output):
-        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        captured[layer] = (hidden_states.float(), output[0].float())
-        if layer == max(layers):
-            raise _Enough
-
-    for layer in layers:
-        attention = decoder_layers(model)[layer].self_attn
-        hooks.append(
-            attention.register_forward_hook(
-                lambda _module, args, kwargs, output, layer=layer: capture(layer, args, kwargs, output),
-                with_kwargs=True,
-            )
-        )
-    try:
-        # `_Enough` only ends the forward after the last layer that is asked for
-        with suppress(_Enough), torch.no_grad(), _autocast(ids.device, bf16):
-            model.model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return captured
-
-
-def _relative_error(module: nn.Module, inputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error over the target's variance about its mean vector: 1 is as good as a constant."""
-    error = (module(inputs) - target).square().mean()
-    return error / (target - target.mean(dim=(0, 1))).square().mean()
-
-
-def _kl_from_teacher(model: nn.Module, ids: torch.Tensor, bf16: bool) -> torch.Tensor:
-    """Mean over tokens of KL(base model || hybrid), nats; sidecars must be attached."""
-    with _autocast(ids.device, bf16):
-        with torch.no_grad(), bypass_sidecars(model):
-            teacher = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-        student = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-    total = 0.0
-    piece = max(KL_PIECE // teacher.shape[-1], 1)
-    for first in range(0, len(teacher), piece):
-        target = F.log_softmax(teacher[first : first + piece].float(), dim=-1)
-        given = F.log_softmax(student[first : first + piece].float(), dim=-1)
-        total = total + F.kl_div(given, target, reduction="sum", log_target=True)
-    return total / len(teacher)
-
-
 def fast_bf16(model: nn.Module) -> bool:
     """Whether bfloat16 autocast makes training faster: for a float32 model on a processor that has bfloat16 matmuls."""
     capabilities = torch.cpu.get_capabilities()
@@ -697,10 +518,6 @@ def _synchronise(device: torch.device) -> None:
     """Wait for a GPU, whose work is queued, before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _autocast(device: torch.device, bf16: bool):
-    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
 
 
 def _batch(windows: np.ndarray, model: nn.Module) -> torch.Tensor:
@@ -734,11 +551,6 @@ def _public(settings: DistillSettings) -> dict:
     """Settings that change the weights."""
     hidden = ("validate_every", "checkpoint_every")
     return {name: value for name, value in asdict(settings).items() if name not in hidden}
-
-
-def _check_windows(train: np.ndarray, validation: np.ndarray) -> None:
-    if train.ndim != 2 or validation.ndim != 2 or not len(train) or not len(validation):
-        raise ValueError(f"distillation needs token windows [N, T]; got {train.shape} and {validation.shape}")
 
 
 def _hash(*arrays: np.ndarray) -> str:

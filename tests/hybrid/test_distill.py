@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from src import mamba_sidecar as ms
 from src.base.text_data import TokenDocument
 from src.eval_utils import score_documents
-from src.hybrid import distill
+from src.hybrid import distill, losses, recovery
 from src.hybrid.distill import DistillSettings
+from src.hybrid.sidecar import new_sidecar
+from src.hybrid.training_state import TrainingCheckpoint
 from src.models.blockffn import BlockFFNConfig, BlockFFNForCausalLM
 
 VOCAB, LAYERS = 61, 4
@@ -88,7 +90,7 @@ def values(rows, quantity, split="validation", layer=None):
 
 def test_stage_a_pairs_are_the_attentions_own_input_and_output():
     model, ids = build(), torch.as_tensor(windows(2, 0))
-    pairs = distill._attention_pairs(model, [1, 3], ids, bf16=False)
+    pairs = losses.attention_pairs(model, [1, 3], ids, bf16=False)
     assert not any(module._forward_hooks for module in model.modules())
     with torch.no_grad():
         hidden = model.model(ids, use_cache=False, output_hidden_states=True).hidden_states
@@ -105,8 +107,8 @@ def test_stage_a_pairs_are_the_attentions_own_input_and_output():
 def test_relative_error_is_1_for_the_mean_and_0_for_the_target():
     target = torch.randn(3, 5, 4) * 7 + 2
     mean = target.mean(dim=(0, 1), keepdim=True).expand_as(target)
-    assert float(distill._relative_error(lambda _: mean, target, target)) == pytest.approx(1.0)
-    assert float(distill._relative_error(lambda _: target, target, target)) == 0.0
+    assert float(losses.relative_error(lambda _: mean, target, target)) == pytest.approx(1.0)
+    assert float(losses.relative_error(lambda _: target, target, target)) == 0.0
 
 
 def test_kl_is_the_formula(trained):
@@ -116,9 +118,9 @@ def test_kl_is_the_formula(trained):
         teacher = F.softmax(model(ids).logits.double(), -1)
         ms.attach_mamba_sidecar(model, [1, 2], alpha=1.0, sidecar_dir=folder)
         student = F.softmax(model(ids).logits.double(), -1)
-        got = distill._kl_from_teacher(model, ids, bf16=False)
+        got = losses.kl_from_teacher(model, ids, bf16=False)
         ms.set_all_alphas(model, 0.0)
-        assert float(distill._kl_from_teacher(model, ids, bf16=False)) == pytest.approx(0.0, abs=1e-7)
+        assert float(losses.kl_from_teacher(model, ids, bf16=False)) == pytest.approx(0.0, abs=1e-7)
     ms.detach_mamba_sidecars(model)
     want = (teacher * (teacher / student).log()).sum(-1).mean()
     assert float(got) == pytest.approx(float(want), rel=1e-4) and float(got) > 1e-3
@@ -146,10 +148,10 @@ def test_stored_sidecars_are_the_trained_ones(trained):
     ms.attach_mamba_sidecar(model, [1, 2], alpha=0.0, sidecar_dir=folder)
     sidecars = [hybrid.sidecar for hybrid in ms.attachment_of(model).hybrid_layers()]
     ms.detach_mamba_sidecars(model)
-    pieces = [distill._attention_pairs(model, [1, 2], ids, False) for ids in torch.as_tensor(windows(8, 1)).split(2)]
+    pieces = [losses.attention_pairs(model, [1, 2], ids, False) for ids in torch.as_tensor(windows(8, 1)).split(2)]
     with torch.no_grad():
         for layer, sidecar in zip((1, 2), sidecars, strict=True):
-            got = np.mean([float(distill._relative_error(sidecar, *pairs[layer])) for pairs in pieces])
+            got = np.mean([float(losses.relative_error(sidecar, *pairs[layer])) for pairs in pieces])
             assert got == pytest.approx(values(rows["a"], "normalised_mse", layer=layer)[-1], rel=0.03)
 
 
@@ -226,7 +228,7 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path):
 
 
 def test_the_last_checkpoint_survives_a_crash_while_saving(tmp_path, monkeypatch):
-    checkpoint = distill._Checkpoint(tmp_path / "c.pt", {"a": 1})
+    checkpoint = TrainingCheckpoint(tmp_path / "c.pt", {"a": 1})
     checkpoint.part(0).save({"step": 3})
 
     def crash(*_args):
@@ -235,8 +237,8 @@ def test_the_last_checkpoint_survives_a_crash_while_saving(tmp_path, monkeypatch
     monkeypatch.setattr(torch, "save", crash)
     with pytest.raises(OSError):
         checkpoint.part(0).save({"step": 4})
-    assert distill._Checkpoint(tmp_path / "c.pt", {"a": 1}).part(0).load() == {"step": 3}
-    assert distill._Checkpoint(tmp_path / "c.pt", {"a": 2}).part(0).load() is None
+    assert TrainingCheckpoint(tmp_path / "c.pt", {"a": 1}).part(0).load() == {"step": 3}
+    assert TrainingCheckpoint(tmp_path / "c.pt", {"a": 2}).part(0).load() is None
 
 
 def test_windows_are_used_evenly():
@@ -256,7 +258,7 @@ def test_learning_rate_rises_and_falls():
 def test_recovery_and_zeroed_attention(trained):
     model, folder, _ = trained
     docs, ids = documents(), torch.as_tensor(windows(1, 3))
-    got = distill.measure_recovery(model, [1, 2], docs, folder, "a", 24, 12, 4, progress=False)
+    got = recovery.measure_recovery(model, [1, 2], docs, folder, "a", 24, 12, 4, progress=False)
     assert got.base == score_documents(model, docs, 24, 12, 4).nll_per_token
     twin = build()
     for layer in (1, 2):
@@ -266,10 +268,10 @@ def test_recovery_and_zeroed_attention(trained):
     assert got.mamba == score_documents(model, docs, 24, 12, 4).nll_per_token
     ms.detach_mamba_sidecars(model)
     assert got.tokens == sum(len(document.ids) - 1 for document in docs)
-    assert distill.Recovery(3.0, 4.0, 3.25, 1).recovered == 0.75
+    assert recovery.Recovery(3.0, 4.0, 3.25, 1).recovered == 0.75
     with torch.no_grad():
         before = model(ids).logits
-        with pytest.raises(KeyError), distill.zeroed_attention(model, [0]):
+        with pytest.raises(KeyError), recovery.zeroed_attention(model, [0]):
             raise KeyError
         assert torch.equal(model(ids).logits, before)
 
@@ -285,7 +287,7 @@ def test_estimate_counts_what_training_holds():
     model, train = build(), windows(4, 1)
     together = distill.estimate_stage_a(model, [1, 2], SIDECARS, train, SETTINGS)
     alone = distill.estimate_stage_a(model, [1, 2], SIDECARS, train, SETTINGS, one_at_a_time=True)
-    parameters = sum(parameter.numel() for parameter in ms.new_sidecar(model, 1, SIDECARS).parameters())
+    parameters = sum(parameter.numel() for parameter in new_sidecar(model, 1, SIDECARS).parameters())
     assert together.gigabytes - alone.gigabytes == pytest.approx((16 * parameters + 2 * 24 * 4 * 64) / 1e9)
     assert together.seconds > 0
 

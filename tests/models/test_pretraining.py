@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.hybrid.distill import zeroed_attention
+from src.hybrid.recovery import zeroed_attention
 from src.models import model_card, pretraining, pretraining_text
 from src.models.pretraining_text import BOS, DOMAIN_SHARES, VALIDATION, VOCAB
 from src.models.recall_heads import init_recall_heads

@@ -1,0 +1,71 @@
+"""What the distillation of sidecars minimises: errors against the frozen model's attention, and against its output."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from src.hybrid.layer import bypass_sidecars
+from src.models.families import decoder_layers
+
+# Logits per piece of the KL: keeps the float32 copies of a large vocabulary small.
+KL_PIECE = 1 << 26
+
+
+def attention_pairs(model: nn.Module, layers: Sequence[int], ids: torch.Tensor, bf16: bool) -> dict:
+    """layer -> (input, output), each [B, T, D] float32, of the teacher's attention; the forward ends at the last."""
+
+    class _Enough(Exception):
+        pass
+
+    captured, hooks = {}, []
+
+    def capture(layer, args, kwargs, output):
+        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        captured[layer] = (hidden_states.float(), output[0].float())
+        if layer == max(layers):
+            raise _Enough
+
+    for layer in layers:
+        attention = decoder_layers(model)[layer].self_attn
+        hooks.append(
+            attention.register_forward_hook(
+                lambda _module, args, kwargs, output, layer=layer: capture(layer, args, kwargs, output),
+                with_kwargs=True,
+            )
+        )
+    try:
+        # `_Enough` only ends the forward after the last layer that is asked for
+        with suppress(_Enough), torch.no_grad(), _autocast(ids.device, bf16):
+            model.model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return captured
+
+
+def relative_error(module: nn.Module, inputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over the target's variance about its mean vector: 1 is as good as a constant."""
+    error = (module(inputs) - target).square().mean()
+    return error / (target - target.mean(dim=(0, 1))).square().mean()
+
+
+def kl_from_teacher(model: nn.Module, ids: torch.Tensor, bf16: bool) -> torch.Tensor:
+    """Mean over tokens of KL(base model || hybrid), nats; sidecars must be attached."""
+    with _autocast(ids.device, bf16):
+        with torch.no_grad(), bypass_sidecars(model):
+            teacher = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+        student = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+    total = 0.0
+    piece = max(KL_PIECE // teacher.shape[-1], 1)
+    for first in range(0, len(teacher), piece):
+        target = F.log_softmax(teacher[first : first + piece].float(), dim=-1)
+        given = F.log_softmax(student[first : first + piece].float(), dim=-1)
+        total = total + F.kl_div(given, target, reduction="sum", log_target=True)
+    return total / len(teacher)
+
+
+def _autocast(device: torch.device, bf16: bool):
+    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
