@@ -146,22 +146,8 @@ def score_documents(
         tqdm(total=total, desc=progress, unit="tok", disable=progress is None, file=sys.stderr) as bar,
     ):
         for rows in _batches(windows, batch_size * max_seq_len, device):
-            input_ids, attention_mask, keep, targets = _collate(rows, token_documents)
-            input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
-            keep, targets = keep.to(device), targets.to(device)
-            if on_batch is not None:
-                on_batch([WindowRef(token_documents[i].id, w.start, w.stop - 1 - w.start) for i, w in rows])
-            reference_logits = None
-            if reference is not None:
-                reference_logits = _at(reference(input_ids, attention_mask), keep)
-                _synchronize(device)
-            started = time.perf_counter()
-            # handed on without a name: the logits of a batch must not outlive it
-            nll, divergence, agreement = _score_positions(
-                kept_logits(model, input_ids, attention_mask, keep), targets, reference_logits
-            )
-            nll = nll.cpu().numpy()  # waits for the device, so the clock below is the batch's own
-            seconds += time.perf_counter() - started
+            nll, divergence, agreement, taken = _score_batch(model, rows, token_documents, reference, on_batch)
+            seconds += taken
             # rows lie one after another in the kept positions
             counts = [window.stop - window.first_scored for _, window in rows]
             stops = np.cumsum(counts)
@@ -182,6 +168,34 @@ def score_documents(
         token_nll=token_nll,
         seconds=seconds,
     )
+
+
+def _score_batch(
+    model: nn.Module,
+    rows: list[tuple[int, Window]],
+    token_documents: Sequence[TokenDocument],
+    reference: Reference | None,
+    on_batch: Callable[[list[WindowRef]], None] | None,
+) -> tuple[np.ndarray, torch.Tensor | None, torch.Tensor | None, float]:
+    """(nll [N], KL [N], agreement [N], seconds of the model's own forward and scoring) of a batch's N kept positions.
+
+    KL and agreement are None without a reference.
+    """
+    device = model_device(model)
+    input_ids, attention_mask, keep, targets = (tensor.to(device) for tensor in _collate(rows, token_documents))
+    if on_batch is not None:
+        on_batch([WindowRef(token_documents[i].id, w.start, w.stop - 1 - w.start) for i, w in rows])
+    reference_logits = None
+    if reference is not None:
+        reference_logits = _at(reference(input_ids, attention_mask), keep)
+        _synchronize(device)
+    started = time.perf_counter()
+    # handed on without a name: the logits of a batch must not outlive it
+    nll, divergence, agreement = _score_positions(
+        kept_logits(model, input_ids, attention_mask, keep), targets, reference_logits
+    )
+    values = nll.cpu().numpy()  # waits for the device, so the clock is the batch's own
+    return values, divergence, agreement, time.perf_counter() - started
 
 
 def kept_logits(
@@ -340,26 +354,6 @@ def _random_ids(model: nn.Module, batch_size: int, num_tokens: int, seed: int) -
     return torch.from_numpy(ids).to(model_device(model))
 
 
-def prefill_speed(
-    model: nn.Module, num_tokens: int = 512, batch_size: int = 1, repeats: int = 5, seed: int = 0
-) -> float:
-    """Prompt tokens per second of a forward [B, T] that fills a cache and computes the last position's logits.
-
-    Median of `repeats` after one warm-up; random tokens.
-    """
-    device = model_device(model)
-    input_ids = _random_ids(model, batch_size, num_tokens, seed)
-    times = []
-    with torch.no_grad(), evaluation_mode(model):
-        for _ in range(repeats + 1):
-            _synchronize(device)
-            started = time.perf_counter()
-            model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=True, logits_to_keep=1)
-            _synchronize(device)
-            times.append(time.perf_counter() - started)
-    return float(batch_size * num_tokens / np.median(times[1:]))
-
-
 class _StepClock(StoppingCriteria):
     """Notes the time after every generated token; never stops."""
 
@@ -425,11 +419,6 @@ def peak_memory_gb(device: torch.device | str) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def memory_measure(device: torch.device | str) -> str:
-    """What `peak_memory_gb` measures on this device: `cuda_peak_allocated` or `process_peak_rss`."""
-    return "cuda_peak_allocated" if torch.device(device).type == "cuda" else "process_peak_rss"
 
 
 def _synchronize(device: torch.device) -> None:

@@ -189,11 +189,6 @@ def mamba_read_flops(shape: MambaShape) -> int:
     return projections + 2 * shape.conv_kernel * group + 2 * inner * shape.state_size
 
 
-def mamba_recurrent_flops(shape: MambaShape) -> int:
-    """One token of a Mamba-2 mixer in its recurrent form, the least it takes; independent of the position."""
-    return mamba_write_flops(shape) + mamba_read_flops(shape)
-
-
 def mamba_chunked_flops(shape: MambaShape, tokens: int) -> float:
     """Per token, averaged over `tokens`: the chunked scan (arXiv 2405.21060, section 6) of transformers' PyTorch code.
 
@@ -287,21 +282,3 @@ def _checked_shares(
         if share > 0 and mamba is None:
             raise ValueError(f"layer {layer} has mamba share {share}, but no Mamba shape is given")
     return shares
-
-
-# ---- memory
-def kv_cache_bytes_per_token(attention: AttentionShape, element_bytes: int) -> int:
-    """Cache bytes that one token adds in one attention layer; MLA caches the latent and the rotary key."""
-    if attention.kv_lora_rank:
-        return (attention.kv_lora_rank + attention.qk_rope_head_dim) * element_bytes
-    return attention.num_kv_heads * (attention.head_dim + attention.v_head_dim) * element_bytes
-
-
-def mamba_state_bytes(mamba: MambaShape, conv_element_bytes: int, state_element_bytes: int = 4) -> int:
-    """Bytes of one sequence's convolution and recurrent state in one Mamba layer; constant in its length.
-
-    transformers keeps `conv_kernel` inputs of the convolution, and the recurrent state in float32.
-    """
-    inner, group = mamba.num_heads * mamba.head_dim, mamba.num_groups * mamba.state_size
-    convolution = mamba.conv_kernel * (inner + 2 * group) * conv_element_bytes
-    return convolution + inner * mamba.state_size * state_element_bytes

@@ -86,6 +86,11 @@ def test_chunked_mamba_equals_the_flop_counter(tokens, changes):
     )
 
 
+def recurrent_flops() -> int:
+    """One token of a Mamba-2 mixer in its recurrent form."""
+    return costs.mamba_write_flops(MAMBA) + costs.mamba_read_flops(MAMBA)
+
+
 def test_recurrent_mamba_equals_the_flop_counter_of_one_cached_step_but_for_the_elementwise_update():
     config = mamba_config()
     mixer = Mamba2Mixer(config, layer_idx=0).eval()
@@ -97,31 +102,11 @@ def test_recurrent_mamba_equals_the_flop_counter_of_one_cached_step_but_for_the_
     inner, group = MAMBA.num_heads * MAMBA.head_dim, MAMBA.num_groups * MAMBA.state_size
     wasted = 2 * MAMBA.conv_kernel * (inner + 2 * group)
     update = 2 * inner * MAMBA.state_size
-    assert costs.mamba_recurrent_flops(MAMBA) == step - wasted + update
+    assert recurrent_flops() == step - wasted + update
 
 
 def test_recurrent_form_is_cheaper_than_the_chunked_scan():
-    assert costs.mamba_recurrent_flops(MAMBA) < costs.mamba_chunked_flops(MAMBA, 64)
-
-
-def test_key_value_cache_bytes_are_those_of_a_filled_cache():
-    for model in (blockffn(), mla_blockffn(), llama()):
-        cache = DynamicCache(config=model.config)
-        with torch.no_grad():
-            model(torch.zeros((1, TOKENS), dtype=torch.long), past_key_values=cache, use_cache=True)
-        held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-        shape = costs.model_shape(model.config)
-        assert held == costs.kv_cache_bytes_per_token(shape.attention, 4) * TOKENS * shape.num_layers
-
-
-def test_mamba_state_bytes_are_those_of_a_filled_cache_at_any_length():
-    for tokens in (5, 40):
-        config = mamba_config()
-        cache = DynamicCache(config=config)
-        with torch.no_grad():
-            Mamba2Mixer(config, layer_idx=0).eval()(torch.zeros(1, tokens, 32), cache_params=cache)
-        states = [cache.layers[0].conv_states[0], cache.layers[0].recurrent_states[0]]
-        assert sum(t.numel() * t.element_size() for t in states) == costs.mamba_state_bytes(MAMBA, 4)
+    assert recurrent_flops() < costs.mamba_chunked_flops(MAMBA, 64)
 
 
 SHAPE = costs.model_shape(blockffn().config)
@@ -150,13 +135,13 @@ def test_hard_gate_pays_every_write_and_its_own_reads():
     attention = costs.attention_flops(SHAPE.attention, (TOKENS + 1) / 2)
     write = costs.mamba_write_flops(MAMBA)
     assert ideal(0.0) == base
-    assert ideal(1.0) == pytest.approx(base - attention + costs.mamba_recurrent_flops(MAMBA))
+    assert ideal(1.0) == pytest.approx(base - attention + recurrent_flops())
     # Between the ends it is linear, both writes paid throughout.
     assert ideal(0.5) == pytest.approx((ideal(0.25) + ideal(0.75)) / 2)
     assert ideal(1e-9) == pytest.approx(base + write)
     assert ideal(1 - 1e-9) == pytest.approx(ideal(1.0) + costs.attention_key_value_flops(SHAPE.attention))
     # A mixture pays both paths, whatever its weight.
-    both = base + costs.mamba_recurrent_flops(MAMBA)
+    both = base + recurrent_flops()
     assert ideal(0.3, hard=False) == ideal(0.9, hard=False) == pytest.approx(both)
     assert ideal(0.0, hard=False) == base and ideal(1.0, hard=False) == ideal(1.0)
 
