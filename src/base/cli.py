@@ -438,8 +438,11 @@ def recorded(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 # -- what is said at the end
-def repeated_flags(argv: Sequence[str] | None = None) -> list[str]:
-    """Those of the flags REPEATED that stand on the command line, with their values, as words of a shell."""
+def repeated_flags(argv: Sequence[str] | None = None, unknown: Sequence[str] = ()) -> list[str]:
+    """Those of the flags REPEATED that stand on the command line, with their values, as words of a shell.
+
+    The flags `unknown`, which the command to come does not have, are left out.
+    """
     reader = Parser(add_help=False)
     for name in REPEATED:
         action = {"action": "store_true"} if FLAGS[name].read is bool else {}
@@ -448,15 +451,20 @@ def repeated_flags(argv: Sequence[str] | None = None) -> list[str]:
     words = []
     for name in REPEATED:
         value = getattr(given, name)
-        if value is not None:
+        if value is not None and name not in unknown:
             words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [shlex.quote(value)])
     return words
 
 
-def say_written(paths: Sequence[object], then: str, argv: Sequence[str] | None = None) -> None:
-    """Say which files a script wrote and what comes next: a script (with the flags given), or another command."""
+def say_written(
+    paths: Sequence[object], then: str, argv: Sequence[str] | None = None, unknown: Sequence[str] = ()
+) -> None:
+    """Say which files a script wrote and what comes next: a script (with the flags given), or another command.
+
+    `unknown` names flags that this script knows and the next one does not.
+    """
     print("\nwritten:", *(f"  {path}" for path in paths), sep="\n")
-    command = ["python", then, *repeated_flags(argv)] if then.startswith("scripts/") else [then]
+    command = ["python", then, *repeated_flags(argv, unknown)] if then.startswith("scripts/") else [then]
     print(f"next: {' '.join(command)}", flush=True)
 
 

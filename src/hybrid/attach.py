@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
+from src.base.errors import UserError
 from src.hybrid.checkpoints import RETRAIN, load_sidecars, read_index
 from src.hybrid.gates import Gate, make_gate
 from src.hybrid.layer import GatedHybridLayer, SidecarAttachment, attachment_of, checked_layers, is_attached
@@ -47,7 +48,7 @@ def attach_mamba_sidecar(
     if sidecar_dir is not None:
         stored = SidecarSettings(**read_index(sidecar_dir)["settings"])
         if settings is not None and settings != stored:
-            raise ValueError(f"the sidecars in {sidecar_dir} are {stored}, not {settings}; to make others: {RETRAIN}")
+            raise UserError(f"the sidecars in {sidecar_dir} are {stored}, not {settings}; to make others", RETRAIN)
         settings = stored
     settings = settings or SidecarSettings()
     sidecars = [new_sidecar(model, index, settings, seed) for index in indices]

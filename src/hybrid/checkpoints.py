@@ -11,13 +11,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from src.base.errors import UserError
 from src.hybrid.layer import GatedHybridLayer, attachment_of, checked_layers
 from src.hybrid.sidecar import MambaSidecar, SidecarSettings
 from src.models.families import decoder_layers
 
 STAGES = ("a", "b")
 FORMAT = 1  # of sidecars.json
-RETRAIN = "python scripts/04_test_sidecar.py --retrain"
+RETRAIN = "scripts/04_test_sidecar.py --retrain"
 
 
 # ---------------------------------------------------------------- on disk
@@ -99,16 +100,18 @@ def update_index(
 
 
 def read_index(folder: str | Path) -> dict:
-    """`sidecars.json` of a folder. Raises ValueError, naming the command that makes sidecars, where there is none."""
+    """`sidecars.json` of a folder. Raises UserError, with the command that makes sidecars, where there is none."""
     path = Path(folder) / "sidecars.json"
     if not path.is_file():
-        raise ValueError(f"there are no sidecars in {folder}; to make them: {RETRAIN}")
+        raise UserError(f"there are no sidecars in {folder}; to make them", RETRAIN)
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}); to make the sidecars anew: {RETRAIN}") from error
+        raise UserError(f"{path} is damaged ({error}); to make the sidecars anew", RETRAIN) from error
     if index.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {index.get('format')!r}, this code reads {FORMAT}; {RETRAIN}")
+        raise UserError(
+            f"{path} has format {index.get('format')!r}, this code reads {FORMAT}; to make the sidecars anew", RETRAIN
+        )
     return index
 
 
@@ -121,11 +124,11 @@ def available_layers(folder: str | Path, stage: str) -> list[int]:
 
 
 def check_base(model: nn.Module, folder: str | Path) -> None:
-    """Raise ValueError, with the command to run, unless the folder's sidecars were made for this very base model."""
+    """Raise UserError, with the command to run, unless the folder's sidecars were made for this very base model."""
     if read_index(folder)["base"]["fingerprint"] != base_fingerprint(model):
-        raise ValueError(
-            f"the sidecars in {folder} were distilled from another checkpoint than the loaded model; "
-            f"to make them anew: {RETRAIN}"
+        raise UserError(
+            f"the sidecars in {folder} were distilled from another checkpoint than the loaded model; to make them anew",
+            RETRAIN,
         )
 
 
@@ -141,8 +144,8 @@ def load_sidecars(
     wanted = attachment.layers if layer_indices is None else checked_layers(layer_indices, len(decoder_layers(model)))
     absent = sorted(set(wanted) - set(available_layers(folder, stage)))
     if absent:
-        raise ValueError(
-            f"no stage {stage} sidecar for layer {', '.join(map(str, absent))} in {folder}; to make them: {RETRAIN}"
+        raise UserError(
+            f"no stage {stage} sidecar for layer {', '.join(map(str, absent))} in {folder}; to make them", RETRAIN
         )
     if index["settings"] != asdict(attachment.settings):
         raise ValueError(
@@ -171,13 +174,13 @@ def load_learned_gates(model: nn.Module, folder: str | Path) -> None:
     """Load linear gates into the attached layers. Raises ValueError where the folder has none, or lacks a layer."""
     path = Path(folder) / "learned_gate.safetensors"
     if not path.is_file():
-        raise ValueError(f"there is no learned gate in {folder}; to train it: {RETRAIN}")
+        raise UserError(f"there is no learned gate in {folder}; to train it", RETRAIN)
     check_base(model, folder)
     attachment = attachment_of(model)
     tensors = safetensors.torch.load_file(path)
     absent = [index for index in attachment.layers if f"{index}.weight" not in tensors]
     if absent:
-        raise ValueError(f"{path} has no gate for layer {', '.join(map(str, absent))}; to train it: {RETRAIN}")
+        raise UserError(f"{path} has no gate for layer {', '.join(map(str, absent))}; to train it", RETRAIN)
     for index, hybrid in zip(attachment.layers, attachment.hybrid_layers(), strict=True):
         hybrid.gate_proj.load_state_dict({name: tensors[f"{index}.{name}"] for name in ("weight", "bias")})
 
@@ -207,10 +210,10 @@ def _load_tensors(module: nn.Module, path: Path) -> None:
     try:
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); to make it anew: {RETRAIN}") from error
+        raise UserError(f"{path} cannot be read ({error}); to make it anew", RETRAIN) from error
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
-        raise ValueError(f"{path} does not fit the sidecar's shapes; to make it anew: {RETRAIN}")
+        raise UserError(f"{path} does not fit the sidecar's shapes; to make it anew", RETRAIN)
     module.load_state_dict(tensors)
 
 

@@ -17,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from src import mamba_sidecar as ms
 from src.base.text_data import TokenDocument
+from src.hybrid import layer as hybrid_layer
+from src.hybrid.cache import HybridCacheLayer
 from src.hybrid.checks import format_table, kernel_difference, run_checks
 from src.hybrid.gates import GateInputs
 from src.models.blockffn import BlockFFNForCausalLM
@@ -71,14 +73,14 @@ def test_models_without_router_and_layer_0_say_what_was_left_out(model):
 
 
 def test_checks_notice_a_gate_that_looks_ahead(model, monkeypatch):
-    real = ms.mamba_share
+    real = hybrid_layer.mamba_share
 
-    def peeking(gate, layer, inputs: GateInputs):
+    def peeking(gate, index, inputs: GateInputs):
         if inputs.scores is not None:
             inputs = GateInputs(inputs.scores.roll(-1, dims=1), inputs.document_keys, inputs.positions, inputs.masks)
-        return real(gate, layer, inputs)
+        return real(gate, index, inputs)
 
-    monkeypatch.setattr(ms, "mamba_share", peeking)
+    monkeypatch.setattr(hybrid_layer, "mamba_share", peeking)
     assert "no gate looks ahead" in failures(run(model))
 
 
@@ -89,7 +91,7 @@ def test_checks_notice_a_sidecar_that_hears_padding(model, monkeypatch):
 
 
 def test_checks_notice_lost_positions_and_states(model, monkeypatch):
-    monkeypatch.setattr(ms.HybridCacheLayer, "get_seq_length", ms.HybridCacheLayer.attention_tokens)
+    monkeypatch.setattr(HybridCacheLayer, "get_seq_length", HybridCacheLayer.attention_tokens)
     with pytest.raises(ValueError, match="has seen"):  # refused before it could go wrong
         run(model)
     monkeypatch.undo()
@@ -132,6 +134,12 @@ def script(*arguments):
     return Finished(code or 0, out.getvalue(), err.getvalue())
 
 
+TRAINING = (
+    *("--headdim", 16, "--d-state", 8, "--sequence-tokens", 64, "--batch-sequences", 2, "--train-sequences", 8),
+    *("--validation-sequences", 2, "--steps-a", 6, "--steps-b", 4, "--steps-gate", 3),
+)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A tiny model folder, a text file, and a finished run of the script."""
@@ -141,10 +149,9 @@ def place(tmp_path_factory):
     words = np.random.default_rng(0).choice("red green blue apple pear plum cat dog runs sleeps eats".split(), (40, 60))
     text = folder / "text.jsonl"
     text.write_text("\n".join(json.dumps({"id": str(i), "text": " ".join(row)}) for i, row in enumerate(words)))
-    common = ["--model", folder / "model", "--dataset", text, "--output-dir", folder / "out", "--max-seq-len", 128]
-    common += ["--headdim", 16, "--d-state", 8, "--seq-len", 64, "--batch-size", 2, "--train-windows", 8]
-    common += ["--validation-windows", 2, "--recovery-documents", 4, "--steps-a", 6, "--steps-b", 4, "--steps-gate", 3]
-    first = script(*common)
+    common = ["--model", folder / "model", "--dataset", text, "--output-dir", folder / "out", "--window-tokens", 128]
+    common += ["--recovery-documents", 4]
+    first = script(*common, *TRAINING)
     assert first.returncode == 0, first.stdout + first.stderr
     return folder, common, first
 
@@ -197,7 +204,7 @@ def test_script_loads_what_is_there_and_the_same_seed_gives_the_same_files(place
     assert again.returncode == 0 and "already distilled" in again.stdout and "stage A sidecars of" in again.stdout
     kept = {path: path.read_bytes() for path in before if path.name != "sidecar_checks.json"}
     assert all(path.read_bytes() == content for path, content in kept.items() if path.name != "sidecar_checks.json")
-    retrained = script(*common, "--retrain", "--sidecar-dir", folder / "other")
+    retrained = script(*common, *TRAINING, "--retrain", "--sidecar-dir", folder / "other")
     assert retrained.returncode == 0
     for path in (output / "sidecars").rglob("*.safetensors"):
         assert path.read_bytes() == (folder / "other" / path.relative_to(output / "sidecars")).read_bytes()
@@ -208,11 +215,22 @@ def test_script_loads_what_is_there_and_the_same_seed_gives_the_same_files(place
     "extra, words",
     [
         (["--layers", "9"], ["layer 9", "0 to 3"]),
-        (["--headdim", "7"], ["heads of width 7"]),
-        (["--init", "best", "--retrain"], ["'best'", "random, attention"]),
+        (["--headdim", "7", "--retrain"], ["heads of width 7"]),
+        (["--init", "best", "--retrain"], ["'best'", "random", "attention"]),
         (["--gate-share", "1.5"], ["1.5", "(0, 1)"]),
         (["--steps-a", "-1"], ["-1"]),
-        (["--model", "llama", "--sidecar-dir", "SIDECARS"], ["another checkpoint", "--retrain"]),
+        (
+            ["--model", "llama", "--sidecar-dir", "SIDECARS"],
+            ["another checkpoint", "python scripts/04_test_sidecar.py --retrain --model"],
+        ),
+        (["--steps-a", "9"], ["--steps-a has no effect", "--retrain makes them anew"]),
+        (["--d-state", "8"], ["--d-state has no effect", "--retrain makes them anew"]),
+        (["--checks-only", "--retrain"], ["--retrain has no effect", "--checks-only"]),
+        (["--checks-only", "--lr-b", "0.1"], ["--lr-b has no effect", "--checks-only"]),
+        (
+            ["--retrain", "--steps-gate", "0", "--gate-share", "0.3"],
+            ["--gate-share has no effect", "--steps-gate is 0"],
+        ),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_results(place, extra, words):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.base import results
+from src.base import cli, results
 from tests.tiny import blockffn_folder, llama_folder
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -24,7 +24,7 @@ def run(name: str, *arguments) -> None:
     saved = sys.argv
     sys.argv = [f"{name}.py", *map(str, arguments)]
     try:
-        results.run_main(module.main)
+        cli.run_main(lambda: module.main(module.parse()))
     finally:
         sys.argv = saved
 
@@ -71,9 +71,7 @@ def extract(model: Path, text: Path, folder: Path, *more) -> Path:
 
 @pytest.fixture(scope="module")
 def extracted(model, text, tmp_path_factory) -> Path:
-    return extract(
-        model, text, tmp_path_factory.mktemp("out"), "--prompts", "The cat", "naïve ☃", "--prompts", "x = 1\n"
-    )
+    return extract(model, text, tmp_path_factory.mktemp("out"), "--prompts", "The cat", "naïve ☃", "x = 1\n")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,7 +80,8 @@ def test_help(name, capsys):
         run(name, "--help")
     shown = capsys.readouterr().out
     assert stop.value.code == 0
-    assert all(flag in shown for flag in ("--model", "--quick", "--seed", "--device", "--dtype", "--output-dir"))
+    assert all(flag in shown for flag in ("--model", "--quick", "--device", "--dtype", "--output-dir"))
+    assert ("--seed" in shown) == (name != "02_inspect_model")  # which draws nothing
 
 
 def test_model_info(model, tmp_path, capsys):
@@ -100,7 +99,7 @@ def test_model_info(model, tmp_path, capsys):
     run("02_inspect_model", *common(model, tmp_path), "--weights")
     shown = capsys.readouterr().out
     assert "[router]" in shown and "[experts, up]" in shown and "a sidecar goes here" in shown
-    assert "3 more layers" in shown and "output [B, T, 12]" in shown and "zeros" in shown
+    assert "3 more layers (--layers all)" in shown and "output [B, T, 12]" in shown and "zeros" in shown
     second = json.loads((folder / "model_info.json").read_text())
     assert {key: second[key] for key in first} == first
     assert set(second) - set(first) == {"weights"}
@@ -115,10 +114,10 @@ def test_model_info(model, tmp_path, capsys):
 
 
 def test_layers_shown(model, tmp_path, capsys):
-    run("02_inspect_model", *common(model, tmp_path), "--layer", 2)
+    run("02_inspect_model", *common(model, tmp_path), "--layers", 2)
     shown = capsys.readouterr().out
     assert "shapes of layer 2" in shown and "shapes of layer 0" not in shown
-    run("02_inspect_model", *common(model, tmp_path), "--all-layers")
+    run("02_inspect_model", *common(model, tmp_path), "--layers", "all")
     shown = capsys.readouterr().out
     assert all(f"shapes of layer {layer}" in shown for layer in range(4)) and "more layers" not in shown
 
@@ -128,6 +127,8 @@ def test_a_model_without_router(tmp_path, capsys, qwen):
     other = llama_folder(tmp_path / "other", qwen)
     run("01_download_model", *common(other, tmp_path))
     assert "has no router" in capsys.readouterr().out
+    line = refused(capsys, "01_download_model", *common(other, tmp_path), "--documents", 2)
+    assert "--documents has no effect here" in line and "has no router" in line
     run("02_inspect_model", *common(other, tmp_path))
     shown = capsys.readouterr().out
     assert "has no router" in shown and "a sidecar goes here" in shown and "[experts" not in shown
@@ -172,7 +173,7 @@ def test_routing_tables(extracted):
     for file in extracted.iterdir():
         if not file.name.endswith(".meta.json"):
             meta = json.loads(results.meta_path(file).read_text())
-            assert meta["model"]["sha256"] and meta["data"]["sha256"] and meta["seeds"]
+            assert meta["model"]["sha256"] and meta["data"]["evaluation"]["sha256"] and meta["seeds"]
 
 
 def test_same_seed_same_bytes(extracted, model, text, tmp_path):
@@ -188,7 +189,7 @@ def test_prompt_file_and_quick(model, text, tmp_path):
         *common(model, tmp_path),
         "--dataset",
         text,
-        "--file",
+        "--prompt-file",
         prompts,
         "--quick",
         "--resamples",
@@ -209,13 +210,13 @@ def test_03_names_a_model_without_router(tmp_path, text, capsys):
     "arguments, words",
     [
         (["--prompts", " "], "no prompt in --prompts"),
-        (["--file", "{empty}"], "no prompt in"),
-        (["--file", "{absent}"], "No such file"),
-        (["--file", "{binary}"], "not UTF-8"),
-        (["--file", "{folder}"], "is a folder"),
-        (["--file", "{empty}", "--prompts", "a"], "not both"),
-        (["--documents", "0"], "--documents is 0"),
-        (["--max-seq-len", "100000"], "context is 256"),
+        (["--prompt-file", "{empty}"], "no prompt in"),
+        (["--prompt-file", "{absent}"], "No such file"),
+        (["--prompt-file", "{binary}"], "not UTF-8"),
+        (["--prompt-file", "{folder}"], "is a folder"),
+        (["--prompt-file", "{empty}", "--prompts", "a"], "not both"),
+        (["--documents", "0"], "argument --documents: 0 is too small; it must be at least 1"),
+        (["--document-tokens", "100000"], "context is 256"),
         (["--dataset", "{absent}"], "absent"),
         (["--model", "./nowhere"], "no model folder ./nowhere"),
         (["--model", "nobody/nothing"], "use --model blockffn-tiny"),
@@ -241,10 +242,10 @@ def test_03_refuses_and_keeps_earlier_results(extracted, model, text, tmp_path, 
     [
         ("01_download_model", ["--model", "/nowhere"], "no model folder /nowhere"),
         ("01_download_model", ["--model", "nobody/nothing"], "scripts/01_download_model.py where there is a network"),
-        ("01_download_model", ["--documents", "0"], "--documents is 0"),
-        ("02_inspect_model", ["--layer", "4"], "layer 4 is not there: the model has layers 0 to 3"),
-        ("02_inspect_model", ["--layer", "-1"], "layer -1 is not there"),
-        ("02_inspect_model", ["--layer", "1", "--all-layers"], "not both"),
+        ("01_download_model", ["--documents", "0"], "0 is too small"),
+        ("02_inspect_model", ["--layers", "4"], "layer 4 is not there: the model has layers 0 to 3"),
+        ("02_inspect_model", ["--layers=-1"], "'-1' names no layers"),
+        ("02_inspect_model", ["--seed", "1"], "unrecognized arguments: --seed"),
         ("02_inspect_model", ["--dtype", "int3"], "'int3'"),
     ],
 )
@@ -260,3 +261,12 @@ def test_a_truncated_checkpoint(tmp_path, capsys, text):
     for name in NAMES:
         assert "pytorch_model.bin is cut short" in refused(capsys, name, *common(broken, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_next_command_repeats_what_it_knows(model, tmp_path, capsys):
+    run("01_download_model", *common(model, tmp_path), "--documents", 2, "--seed", 3)
+    last = capsys.readouterr().out.strip().split("\n")[-1]
+    words = f"next: python scripts/02_inspect_model.py --model {model} --device cpu --output-dir {tmp_path}"
+    assert last == words  # 02 has no --seed
+    run("02_inspect_model", *common(model, tmp_path))
+    assert "next: python scripts/03_extract_routing.py --model" in capsys.readouterr().out
