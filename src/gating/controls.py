@@ -65,13 +65,6 @@ ROUTER_SIGNALS = tuple(f"{source}_{measure}" for source in SOURCES for measure i
 Masks = Mapping[str, Mapping[int, np.ndarray]]
 
 
-def control_mode(name: str, share: float) -> str:
-    """The mode of a control's row, `control_<name>_<share>`. Raises ValueError for a name that is not in CONTROLS."""
-    if name not in CONTROLS:
-        raise ValueError(f"unknown control {name!r}; choose one of {', '.join(CONTROLS)}")
-    return f"control_{name}_{share:g}"
-
-
 # -- masks
 def scored_masks(masks: Masks, scores: Masks, largest: bool = True, seed: int = 0) -> dict[str, dict[int, np.ndarray]]:
     """The n tokens with the largest (or smallest) scores go to Mamba, n being the count in `masks`.
