@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Both studies: makes the environment if there is none, runs 01-07, the journeys' 08-10, and both notebooks.
+# Both studies: makes the environment if there is none, runs 01 to 07, the journeys' 01 to 03, and both notebooks.
+# What explains the answer (08 to 10, hours on a CPU) is run by hand.
 #
 #   bash scripts/run_all.sh [--quick] [--model NAME] [--journey-model NAME] [--output-dir FOLDER] [--seed N]
 #                           [--device DEVICE]
 #
 #   --quick           fewer documents and steps, the same path through every script; results in <model>-quick
 #   --model           blockffn-tiny (default), a folder, or a hub name such as SparseLLM/BlockFFN-3B-SFT
-#   --journey-model   the mixture of experts of 08-10: mixtral-tiny (default), a folder, or a hub name
+#   --journey-model   the mixture of experts of journeys/: mixtral-tiny (default), a folder, or a hub name
 #   --output-dir      root of all results (default: outputs)
 #   --seed            seed of everything that draws (default: config.py)
 #   --device          auto (default), cpu, cuda ...
@@ -53,7 +54,7 @@ while [ $# -gt 0 ]; do
       shift 2
       ;;
     -h | --help)
-      sed -n '2,12s/^# \{0,1\}//p' "scripts/$(basename "${BASH_SOURCE[0]}")"
+      sed -n '2,13s/^# \{0,1\}//p' "scripts/$(basename "${BASH_SOURCE[0]}")"
       exit 0
       ;;
     *) die "unknown argument $1 (see scripts/run_all.sh --help)" ;;
@@ -70,8 +71,9 @@ echo "environment: $python ($((SECONDS - started)) s)"
 # config.py turns the BLOCKFFN_ variables into the paths that the scripts write and the notebook reads.
 settings=$("$python" -c '
 import config
+hidden = config.QUICK_SETTINGS if config.QUICK else vars(config)
 print(config.MODEL_NAME, config.JOURNEY_MODEL, config.OUTPUT_DIR, config.MODEL_OUTPUT_DIR, config.JOURNEYS_DIR,
-      config.JOURNEY_HIDDEN_PROBLEMS, int(config.QUICK), sep="\n")')
+      hidden["JOURNEY_HIDDEN_PROBLEMS"], int(config.QUICK), sep="\n")')
 {
   read -r model
   read -r journey_model
@@ -81,7 +83,7 @@ print(config.MODEL_NAME, config.JOURNEY_MODEL, config.OUTPUT_DIR, config.MODEL_O
   read -r hidden
   read -r quick
 } <<<"$settings"
-flags=(--output-dir "$root" ${seed[@]+"${seed[@]}"})
+flags=(--output-dir "$root")
 if [ "$quick" = 1 ]; then flags+=(--quick); fi
 
 step() { # step NAME COMMAND...: runs it, prints its wall time, stops everything with its name when it fails
@@ -110,14 +112,17 @@ unset MPLBACKEND
 
 started=$SECONDS
 for name in "${STEPS[@]}"; do
-  step "$name" "$python" "scripts/$name.py" --model "$model" "${flags[@]}" ${device[@]+"${device[@]}"}
+  own=(${seed[@]+"${seed[@]}"})
+  if [ "$name" = 02_inspect_model ]; then own=(); fi # it draws nothing
+  step "$name" "$python" "scripts/$name.py" --model "$model" "${flags[@]}" ${own[@]+"${own[@]}"} ${device[@]+"${device[@]}"}
 done
+flags+=(${seed[@]+"${seed[@]}"})
 notebook visualize_routing "$folder" report.html
 
-# --restart: journeys that an earlier run collected with other settings would stop 08.
-step 08_collect_journeys "$python" scripts/journeys/01_collect.py --model "$journey_model" "${flags[@]}" \
-  ${device[@]+"${device[@]}"} --save-hidden "$hidden" --restart
-for name in 09_analyze_journeys 10_predict_experts; do
+# --restart: journeys that an earlier run collected with other settings would stop journeys/01_collect.
+step journeys/01_collect "$python" scripts/journeys/01_collect.py --model "$journey_model" "${flags[@]}" \
+  ${device[@]+"${device[@]}"} --hidden-problems "$hidden" --restart
+for name in journeys/02_analyze journeys/03_predict; do
   step "$name" "$python" "scripts/$name.py" --model "$journey_model" "${flags[@]}"
 done
 notebook moe_routing_analysis "$journeys" report.html

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from src.base.text_data import TokenDocument, Window, score_windows
+from src.models.windows import evaluation_mode
 
 # Batching (see `_batches`), in tokens: the most one batch holds on a CPU, the length from which padding is not worth it
 # there, and the padding per row that is cheaper than another call of the model.
@@ -141,7 +142,7 @@ def score_documents(
     total = sum(len(values) for values in token_nll)
     with (
         torch.no_grad(),
-        _evaluation_mode(model),
+        evaluation_mode(model),
         tqdm(total=total, desc=progress, unit="tok", disable=progress is None, file=sys.stderr) as bar,
     ):
         for rows in _batches(windows, batch_size * max_seq_len, device):
@@ -277,16 +278,6 @@ def _score_positions(
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: nn.Module):
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@contextlib.contextmanager
 def _greedy(model: nn.Module, eos_token_id, pad_token_id: int, max_new_tokens: int):
     """Greedy decoding for the time of a `with`: a checkpoint's own sampling settings would otherwise be merged in."""
     saved = model.generation_config
@@ -323,7 +314,7 @@ def generate_texts(
         if not ids:
             raise ValueError(f"the prompt {prompt!r} has no tokens")
     texts = []
-    with torch.no_grad(), _evaluation_mode(model), _greedy(model, eos, pad, max_new_tokens), _seeded(seed, device):
+    with torch.no_grad(), evaluation_mode(model), _greedy(model, eos, pad, max_new_tokens), _seeded(seed, device):
         for start in range(0, len(encoded), batch_size):
             rows = encoded[start : start + batch_size]
             longest = max(len(ids) for ids in rows)
@@ -359,7 +350,7 @@ def prefill_speed(
     device = model_device(model)
     input_ids = _random_ids(model, batch_size, num_tokens, seed)
     times = []
-    with torch.no_grad(), _evaluation_mode(model):
+    with torch.no_grad(), evaluation_mode(model):
         for _ in range(repeats + 1):
             _synchronize(device)
             started = time.perf_counter()
@@ -400,7 +391,7 @@ def decode_speed(
     device = model_device(model)
     input_ids = _random_ids(model, batch_size, prompt_tokens, seed)
     times = []
-    with torch.no_grad(), _evaluation_mode(model), _greedy(model, None, 0, new_tokens):
+    with torch.no_grad(), evaluation_mode(model), _greedy(model, None, 0, new_tokens):
         for _ in range(repeats + 1):
             clock = _StepClock(device)
             model.generate(

@@ -1,9 +1,6 @@
 """Perplexity against brute force, closed forms and lm-eval; generation and speed against plain loops."""
 
-import json
 import math
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -352,62 +349,6 @@ def test_peak_memory_sees_what_was_held():
     assert before + 0.2 < eval_utils.peak_memory_gb("cpu") < 2 * before + held.nbytes / 1e9
     assert eval_utils.memory_measure("cpu") == "process_peak_rss"
     assert eval_utils.memory_measure("cuda:0") == "cuda_peak_allocated"
-
-
-@pytest.fixture
-def benchmark(monkeypatch, capsys):
-    """Run scripts/dev/benchmark.py in this process, sparing its imports: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments), "--device", "cpu"])
-        monkeypatch.setattr(sys, "path", list(sys.path))  # the script adds the repository to it
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / "scripts" / "benchmark.py"), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def test_benchmark_prints_one_json_line(tmp_path, tokenizer, benchmark):
-    blockffn().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": f"{i}. {TEXTS[i % 5]}"}) + "\n" for i in range(40)))
-    common = ("--model", tmp_path / "model", "--repeats", 1, "--max-seq-len", 48)
-    code, output, errors = benchmark("eval", *common, "--dataset", text, "--documents", 6, "--stride", 24)
-    assert code == 0, errors
-    figures = json.loads(output.splitlines()[-1])
-    # one round: the three figures are of the same two times
-    expected = figures["tokens_per_second"] / figures["matmul_tokens_per_second"]
-    assert figures["ratio"] == pytest.approx(expected, rel=1e-3)
-    assert figures["benchmark"] == "eval" and figures["tokens"] > 100 and figures["positions_per_token"] >= 1
-    code, output, errors = benchmark("capture", *common)
-    assert code == 0, errors
-    figures = json.loads(output.splitlines()[-1])
-    assert figures["ratio"] == pytest.approx(figures["capture_seconds"] / figures["plain_seconds"], rel=1e-3)
-    assert figures["cost_percent"] == pytest.approx(100 * (figures["ratio"] - 1), abs=0.01) and figures["tokens"] == 48
-    code, output, errors = benchmark("collect", *common, "--documents", 3)
-    assert code == 0, errors
-    figures = json.loads(output.splitlines()[-1])
-    assert figures["problems"] == 3 and 3 < figures["tokens"] <= 3 * 48
-    assert figures["ratio"] == pytest.approx(figures["capture_seconds"] / figures["plain_seconds"], rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("neither",), "neither"),
-        (("eval", "--repeats", 0), "--repeats is 0"),
-        (("eval", "--stride", 9, "--max-seq-len", 8), "--stride is 9"),
-        (("capture", "--model", "no/such/folder/here"), "no/such/folder/here"),
-    ],
-)
-def test_benchmark_refuses_in_one_line(benchmark, arguments, message):
-    code, _, errors = benchmark(*arguments)
-    assert code == 2 and message in errors and len(errors.splitlines()) == 1
 
 
 @pytest.mark.gpu

@@ -306,6 +306,14 @@ FLAGS: dict[str, Flag] = {
     ),
     "expert_mb": Flag("The size of an expert in 1e6 bytes, in place of --cache-model's.", None, POSITIVE),
     "compute_ms": Flag("Milliseconds that a layer computes for a token, in place of --cache-model's.", None, POSITIVE),
+    # measuring speed
+    "repeats": Flag("Rounds in which what is compared runs in turns.", None, whole(1)),
+    "journeys": Flag("The number of random journeys.", None, whole(2)),
+    "no_loops": Flag("Leave the loops out, which take long for many journeys.", None, bool),
+    "save": Flag(
+        "Write the figures and their provenance too, to <command>.json in this folder.", None, Path, nargs="?",
+        metavar="FOLDER", const=str(REPOSITORY / "docs" / "results" / "benchmarks"),
+    ),
 }  # fmt: skip
 MODEL_FLAGS = ("model", "device", "dtype", "cache_dir", "max_memory_gb", "use_8bit_fallback")
 RUN_FLAGS = ("quick", "seed", "output_dir")

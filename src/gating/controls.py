@@ -21,10 +21,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from src.base.text_data import TokenDocument, score_windows
+from src.base.text_data import TokenDocument
 from src.hybrid.gates import document_key, hash_uniform, sparsity
+from src.models.windows import evaluation_mode, read_windows
 
 # Tokens of a block of the controls that permute the gate's own decisions inside a document, all layers alike.
 SHUFFLED_BLOCKS = {"token_shuffled": 1, "block_shuffled": 16}
@@ -254,45 +254,39 @@ def collect_scores(
     Raises ValueError for unknown names, layers that are not there, attached sidecars that are not bypassed, no or empty
     documents, and models without what a score reads (a router, a sidecar, eager attention).
     """
-    _check_request(model, token_documents, layers, names)
-    collected = {name: {document.id: {} for document in token_documents} for name in names}
-    device = model.get_input_embeddings().weight.device
+    _check_request(model, layers, names)
+    lengths = {document.id: len(document.ids) - 1 for document in token_documents}
+    collected: dict[str, dict[str, dict[int, np.ndarray]]] = {}
+    for name in names:
+        shared = {document: np.zeros(length, dtype=np.float32) for document, length in lengths.items()}
+        own = name != "previous_surprisal"
+        collected[name] = {
+            document: {layer: values.copy() if own else values for layer in layers}
+            for document, values in shared.items()
+        }
     wants_logits = "previous_surprisal" in names
     with torch.no_grad(), _base_pass(model, "attention_entropy" in names), _watching(model, layers, names) as seen:
-        for document in tqdm(token_documents, desc=progress, disable=progress is None, leave=False):
-            inputs = len(document.ids) - 1
-            surprisal = np.zeros(inputs, dtype=np.float32)
-            for name in names:
+        for reading in read_windows(model, token_documents, max_seq_len, stride, progress):
+            output = (model if wants_logits else model.model)(input_ids=reading.input_ids, use_cache=False)
+            document, first = reading.document.id, reading.start + reading.new
+            stop = reading.start + reading.input_ids.shape[1]
+            if wants_logits:
+                logits = output.logits[0].float()
+                nll = nn.functional.cross_entropy(logits, reading.targets().to(logits.device), reduction="none")
+                surprisal = collected["previous_surprisal"][document][layers[0]]
+                # The last token of the document is predicted, but never read.
+                surprisal[first + 1 : stop + 1] = nll.cpu().numpy()[reading.new :][: len(surprisal) - first - 1]
+            for name, values in seen.items():
                 for layer in layers:
-                    shared = name == "previous_surprisal"
-                    collected[name][document.id][layer] = surprisal if shared else np.empty(inputs, dtype=np.float32)
-            # the earliest window is run last and so has the last word
-            for window in reversed(score_windows(len(document.ids), max_seq_len, stride)):
-                start, stop = window.start, window.stop - 1
-                ids = torch.as_tensor(np.asarray(document.ids[start : stop + 1]), device=device)
-                output = (model if wants_logits else model.model)(input_ids=ids[None, :-1], use_cache=False)
-                if wants_logits:
-                    nll = nn.functional.cross_entropy(
-                        output.logits[0].float(), ids[1:].to(output.logits.device), reduction="none"
-                    )
-                    # the last token of the document is predicted, but never read
-                    surprisal[start + 1 : stop + 1] = nll.cpu().numpy()[: inputs - start - 1]
-                for name, values in seen.items():
-                    for layer in layers:
-                        collected[name][document.id][layer][start:stop] = values[layer]
+                    collected[name][document][layer][first:stop] = values[layer][reading.new :]
     return collected
 
 
-def _check_request(model, token_documents, layers, names) -> None:
+def _check_request(model: nn.Module, layers: Sequence[int], names: Sequence[str]) -> None:
     known = [*MODEL_SCORES, *(name for name in ROUTER_SIGNALS if name not in MODEL_SCORES)]
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise ValueError(f"unknown score {unknown[0]!r}; a model gives {', '.join(known)}")
-    if not token_documents:
-        raise ValueError("there are no documents to collect scores from")
-    for document in token_documents:
-        if len(document.ids) < 2:
-            raise ValueError(f"document {document.id!r} has no token behind its prefix")
     blocks = model.model.layers
     for layer in layers:
         if not 0 <= layer < len(blocks):
@@ -314,16 +308,15 @@ def _check_request(model, token_documents, layers, names) -> None:
 @contextmanager
 def _base_pass(model: nn.Module, eager: bool) -> Iterator[None]:
     """Evaluation mode, and attention that returns its weights where `eager`; both as before afterwards."""
-    was_training, implementation = model.training, model.config._attn_implementation
-    model.eval()
-    try:
-        if eager:
-            model.set_attn_implementation("eager")
-        yield
-    finally:
-        if eager:
-            model.set_attn_implementation(implementation)
-        model.train(was_training)
+    implementation = model.config._attn_implementation
+    with evaluation_mode(model):
+        try:
+            if eager:
+                model.set_attn_implementation("eager")
+            yield
+        finally:
+            if eager:
+                model.set_attn_implementation(implementation)
 
 
 @contextmanager

@@ -28,10 +28,11 @@ from torch import nn
 from tqdm import tqdm
 
 from src.base import stats
-from src.base.text_data import TokenDocument, score_windows
+from src.base.text_data import TokenDocument
 from src.gating.sensitivity import Cells
 from src.hybrid.layer import bypass_sidecars, is_attached
 from src.models.families import decoder_layers
+from src.models.windows import evaluation_mode, read_windows
 from src.routing_extractor import RoutingExtractor
 
 SOURCES = ("router", "hidden")
@@ -88,34 +89,21 @@ def collect_features(
     """
     if source not in SOURCES:
         raise ValueError(f"source is {source!r}; choose one of {', '.join(SOURCES)}")
-    if not token_documents:
-        raise ValueError("there are no documents to collect features from")
     blocks = decoder_layers(model)
     for layer in layers:
         if not 0 <= layer < len(blocks):
             raise ValueError(f"layer {layer} is not there: the model has layers 0 to {len(blocks) - 1}")
-    features: Features = {}
-    device = model.get_input_embeddings().weight.device
+    parts: dict[str, dict[int, list[np.ndarray]]] = {}
     base = bypass_sidecars(model) if is_attached(model) else nullcontext()
-    was_training = model.training
-    try:
-        model.eval()
-        with torch.no_grad(), base, _watching(model, layers, source) as seen:
-            for document in tqdm(token_documents, desc=progress, disable=progress is None, leave=False):
-                windows = score_windows(len(document.ids), max_seq_len, stride)
-                if not windows:
-                    raise ValueError(f"document {document.id!r} has no token behind its prefix")
-                parts = {layer: [] for layer in layers}
-                for window in windows:
-                    ids = torch.as_tensor(np.asarray(document.ids[window.start : window.stop - 1]), device=device)
-                    model.model(input_ids=ids[None], use_cache=False)
-                    # No earlier window read the positions from first_scored - 1 on.
-                    for layer, values in parts.items():
-                        values.append(seen[layer][window.first_scored - 1 - window.start :].to(dtype).cpu().numpy())
-                features[document.id] = {layer: np.concatenate(values) for layer, values in parts.items()}
-    finally:
-        model.train(was_training)
-    return features
+    with torch.no_grad(), evaluation_mode(model), base, _watching(model, layers, source) as seen:
+        for reading in read_windows(model, token_documents, max_seq_len, stride, progress):
+            model.model(input_ids=reading.input_ids, use_cache=False)
+            own = parts.setdefault(reading.document.id, {layer: [] for layer in layers})
+            for layer, values in own.items():
+                values.append(seen[layer][reading.new :].to(dtype).cpu().numpy())
+    return {
+        document: {layer: np.concatenate(values) for layer, values in own.items()} for document, own in parts.items()
+    }
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from src.gating.runs import Study, attached, calibrate, gate_depends
 from src.hybrid.gates import FixedGate, Gate, LearnedGate, MaskGate, RoutingGate, matched_random_masks
 from src.hybrid.layer import attachment_of, record_gates, set_gate
 from src.hybrid.record import GateRecord
+from src.models.windows import evaluation_mode
 
 LENGTHS = (256, 512, 1024, 2048, 4096)  # tokens of an example, the prefix token included
 DOCUMENT_TOKENS = 512  # taken of each document of the running text, so that no long one is most of it
@@ -197,29 +198,24 @@ def score_recall(
     for index, example in enumerate(examples):
         by_length.setdefault(len(example.ids), []).append(index)
     right = np.zeros(len(examples), dtype=np.int64)
-    was_training = model.training
-    model.eval()
     bar = tqdm(total=sum(len(example.ids) for example in examples), desc=progress, unit="tok", disable=progress is None)
-    try:
-        with torch.no_grad(), bar:
-            for length, indices in sorted(by_length.items()):
-                rows = max(1, min(batch_size, BATCH_TOKENS // length))
-                for begin in range(0, len(indices), rows):
-                    batch = indices[begin : begin + rows]
-                    ids = torch.from_numpy(np.stack([examples[i].ids for i in batch])).to(device)
-                    keep = torch.zeros((len(batch), length - 1), dtype=torch.bool)
-                    for row, i in enumerate(batch):
-                        keep[row, examples[i].answers - 1] = True
-                    keep = keep.to(device)
-                    if on_batch is not None:
-                        on_batch([WindowRef(examples[i].id, 0, length - 1) for i in batch])
-                    logits = kept_logits(model, ids[:, :-1], torch.ones_like(ids[:, :-1]), keep)
-                    hits = (logits.argmax(-1) == ids[:, 1:][keep]).cpu().numpy()
-                    counts = [len(examples[i].answers) for i in batch]
-                    right[batch] = [part.sum() for part in np.split(hits, np.cumsum(counts)[:-1])]
-                    bar.update(ids.numel())
-    finally:
-        model.train(was_training)
+    with torch.no_grad(), evaluation_mode(model), bar:
+        for length, indices in sorted(by_length.items()):
+            rows = max(1, min(batch_size, BATCH_TOKENS // length))
+            for begin in range(0, len(indices), rows):
+                batch = indices[begin : begin + rows]
+                ids = torch.from_numpy(np.stack([examples[i].ids for i in batch])).to(device)
+                keep = torch.zeros((len(batch), length - 1), dtype=torch.bool)
+                for row, i in enumerate(batch):
+                    keep[row, examples[i].answers - 1] = True
+                keep = keep.to(device)
+                if on_batch is not None:
+                    on_batch([WindowRef(examples[i].id, 0, length - 1) for i in batch])
+                logits = kept_logits(model, ids[:, :-1], torch.ones_like(ids[:, :-1]), keep)
+                hits = (logits.argmax(-1) == ids[:, 1:][keep]).cpu().numpy()
+                counts = [len(examples[i].answers) for i in batch]
+                right[batch] = [part.sum() for part in np.split(hits, np.cumsum(counts)[:-1])]
+                bar.update(ids.numel())
     return pd.DataFrame(
         {
             "document": [example.id for example in examples],

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from src.base import stats
-from src.base.text_data import TokenDocument, Window, score_windows
-from src.eval_utils import kept_logits, model_device
+from src.base.text_data import TokenDocument, Window
+from src.eval_utils import kept_logits
 from src.hybrid.gates import MaskGate, check_alpha, document_key
 from src.hybrid.layer import attachment_of, bypass_sidecars
+from src.models.windows import evaluation_mode, read_windows
 
 # document id -> layer -> [N]
 Cells = dict[str, dict[int, np.ndarray]]
@@ -206,8 +206,8 @@ def intervention_kl(
             )
     kl = np.zeros(len(cells))
     with _frozen(model):
-        for window in score_windows(len(document.ids), max_seq_len, stride):
-            input_ids, keep = _window_inputs(model, document, window)
+        for reading in read_windows(model, [document], max_seq_len, stride):
+            window, input_ids, keep = reading.window, reading.input_ids, reading.scored()
             inside = [i for i, (_, position) in enumerate(cells) if window.start <= position < window.stop - 1]
             if not inside:
                 continue
@@ -294,25 +294,15 @@ def _sum_over_windows(
 
     Every yielded value maps layer -> [1, T] of the window.
     """
-    if not token_documents:
-        raise ValueError("there is no document to measure the sensitivity of")
-    result = {}
-    for document in tqdm(token_documents, desc=progress, disable=progress is None, leave=False):
-        total = {layer: np.zeros(len(document.ids) - 1) for layer in attachment_of(model).layers}
-        for window in score_windows(len(document.ids), max_seq_len, stride):
-            parts = list(measure(document, window, *_window_inputs(model, document, window)))
-            for layer, values in total.items():
-                values[window.start : window.stop - 1] += np.mean([part[layer][0] for part in parts], axis=0)
-        result[document.id] = total
+    result: Cells = {}
+    for reading in read_windows(model, token_documents, max_seq_len, stride, progress):
+        document, window = reading.document, reading.window
+        if document.id not in result:
+            result[document.id] = {layer: np.zeros(len(document.ids) - 1) for layer in attachment_of(model).layers}
+        parts = list(measure(document, window, reading.input_ids, reading.scored()))
+        for layer, values in result[document.id].items():
+            values[window.start : window.stop - 1] += np.mean([part[layer][0] for part in parts], axis=0)
     return result
-
-
-def _window_inputs(model: nn.Module, document: TokenDocument, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model reads of a window, and the positions whose next token is scored there: both [1, T]."""
-    input_ids = torch.as_tensor(document.ids[window.start : window.stop - 1])[None].to(model_device(model))
-    keep = torch.zeros_like(input_ids, dtype=torch.bool)
-    keep[:, window.first_scored - 1 - window.start :] = True
-    return input_ids, keep
 
 
 def _by_layer(cells: Sequence[tuple[int, int]], chosen: list[int], size: int) -> Iterator[list[int]]:
@@ -331,17 +321,15 @@ def _log_probs(logits: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Inside: evaluation mode, and no parameter requires a gradient: graphs begin at the lowest attached layer."""
-    training = model.training
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        model.train(training)
+    with evaluation_mode(model):
+        try:
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
 
 def _check_base_shares(base_shares: Sequence[float]) -> None:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import runpy
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -677,14 +676,3 @@ def test_help(capsys):
     assert all(
         flag in shown for flag in ("--model", "--input", "--quick", "--seed", "--output-dir", "--domain-percent")
     )
-
-
-def test_benchmark_journeys(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "journeys", "--journeys", "200", "--repeats", "1"])
-    monkeypatch.setattr(sys, "path", list(sys.path))  # the script adds the repository to it
-    runpy.run_path(str(ROOT / "scripts" / "dev" / "benchmark.py"), run_name="__main__")
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (figures["journeys"], figures["layers"], figures["experts"]) == (200, 32, 8)
-    assert figures["largest_difference"] < 1e-9
-    assert figures["speedup"] == pytest.approx(figures["loop_seconds"] / figures["seconds"], rel=1e-3)
-    assert figures["speedup"] > 5 and figures["analysis_seconds"] > 0

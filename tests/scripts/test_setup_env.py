@@ -482,25 +482,29 @@ STEPS = [
     "06_replace_layer",
     "07_gated_hybrid",
 ]
-JOURNEY_STEPS = ["08_collect_journeys", "09_analyze_journeys", "10_predict_experts"]
+JOURNEY_STEPS = ["journeys/01_collect", "journeys/02_analyze", "journeys/03_predict"]
 STEP = """
 import os, sys, pathlib
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+script = pathlib.Path(__file__).resolve()
+root = next(folder for folder in script.parents if (folder / "config.py").is_file())
+sys.path.insert(0, str(root))
 import config
 with open(os.environ["LOG"], "a") as log:
-    print(pathlib.Path(__file__).stem, *sys.argv[1:], file=log)
+    print(script.relative_to(root / "scripts").with_suffix(""), *sys.argv[1:], file=log)
 for folder in (config.MODEL_OUTPUT_DIR, config.JOURNEYS_DIR):
     folder.mkdir(parents=True, exist_ok=True)
-sys.exit(int(os.environ.get("FAIL_" + pathlib.Path(__file__).stem[:2], "0")))
+sys.exit(int(os.environ.get("FAIL_" + script.stem[:2], "0")))
 """
 
 
 @pytest.fixture
 def study(machine):
-    """The run scripts around stand-ins for 01-10, in an environment that is the one the tests run in."""
+    """The run scripts around stand-ins for the scripts, in an environment that is the one the tests run in."""
     machine.put("setup_env.sh", f"#!/bin/bash\necho '{sys.executable}'\n", machine.tree)
     for name in STEPS + JOURNEY_STEPS:
-        (machine.tree / "scripts" / f"{name}.py").write_text(STEP)
+        script = machine.tree / "scripts" / f"{name}.py"
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(STEP)
     return machine
 
 
@@ -520,8 +524,10 @@ def test_run_all_passes_its_flags_on(study, tmp_path):
         FAIL_07="1",
     )
     assert run.returncode == 1
-    flags = f"--model org/name --output-dir {tmp_path}/results --seed 7 --quick --device cpu"
-    assert study.take_log() == [f"{name} {flags}" for name in STEPS]
+    flags = f"--model org/name --output-dir {tmp_path}/results --quick"
+    # 02 draws nothing, so it takes no seed
+    seeds = ["" if name == "02_inspect_model" else " --seed 7" for name in STEPS]
+    assert study.take_log() == [f"{name} {flags}{seed} --device cpu" for name, seed in zip(STEPS, seeds, strict=True)]
     assert (tmp_path / "results" / "org-name-quick").is_dir()
 
 
@@ -565,9 +571,11 @@ def test_run_all_executes_both_notebooks_on_the_results_of_this_run(study):
     assert [line.split()[1] for line in run.stdout.splitlines() if line.startswith("=== ")] == [
         *STEPS, "visualize_routing", "report.html", *JOURNEY_STEPS, "moe_routing_analysis", "report.html"
     ]  # fmt: skip
-    flags = f"--output-dir {study.tree}/outputs --seed 3 --quick"
-    expected = [f"{name} --model blockffn-tiny {flags} --device cpu" for name in STEPS]
-    expected += [f"08_collect_journeys --model org/moe {flags} --device cpu --save-hidden 12 --restart"]
+    flags = f"--output-dir {study.tree}/outputs --quick"
+    seeds = ["" if name == "02_inspect_model" else " --seed 3" for name in STEPS]
+    expected = [f"{name} --model blockffn-tiny {flags}{seed} --device cpu" for name, seed in zip(STEPS, seeds, strict=True)]
+    flags += " --seed 3"
+    expected += [f"{JOURNEY_STEPS[0]} --model org/moe {flags} --device cpu --hidden-problems 12 --restart"]
     # these run no model, so they take no device
     expected += [f"{name} --model org/moe {flags}" for name in JOURNEY_STEPS[1:]]
     assert study.take_log() == expected
