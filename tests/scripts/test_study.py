@@ -289,6 +289,13 @@ def test_other_windows_are_computed_again_and_the_report_says_why(sweep_copy, fo
     assert (after["perplexity"] != before["perplexity"]).all()
 
 
+def test_other_sidecars_measure_again_what_depends_on_them(sweep_copy, folder, run, counted, capsys):
+    given = [*SWEEP, "0,0.3,1", "--sidecar-dir", str(folder / "sidecars" / "seed_7")]
+    run("05_sweep_alpha", arguments(folder, sweep_copy, *given))
+    assert counted.named == ["alpha 0.3", "alpha 1"]  # neither the baseline, nor alpha 0, nor untrained ones
+    assert "computed again, because of other sidecars: " in capsys.readouterr().out
+
+
 def test_restart_computes_again_to_the_same_numbers(sweep_run, sweep_copy, folder, run, counted, capsys):
     run("05_sweep_alpha", arguments(folder, sweep_copy, *SWEEP, "0,0.3,1", "--restart"))
     assert set(counted.named) == {"baseline", "alpha 0", "alpha 0.3", "alpha 1", "untrained 0.3", "untrained 1"}
@@ -501,6 +508,16 @@ def test_finished_gated_run_computes_nothing(gated_run, folder, run, monkeypatch
     assert contents(result_folder(gated_run)) == before
     shown = capsys.readouterr().out
     assert "reused from earlier runs" in shown and "computed" not in shown
+
+
+def test_another_learned_gate_is_all_that_is_measured_again(gated_run, folder, run, tmp_path, counted):
+    output = Path(shutil.copytree(gated_run, tmp_path / "out"))
+    sidecars = Path(shutil.copytree(folder / "sidecars", tmp_path / "sidecars"))
+    gates = load_file(sidecars / "learned_gate.safetensors")
+    save_file({name: -tensor for name, tensor in gates.items()}, sidecars / "learned_gate.safetensors")
+    run("07_gated_hybrid", arguments(folder, output, *GATED, "--sidecar-dir", str(sidecars)))
+    assert counted.named == ["learned_0.5, set 0", "control_random_learned_0.5, set 0, seed 0"]
+    assert counted.generated == 1
 
 
 def test_interrupted_gated_run_goes_on_to_the_same_files(gated_run, folder, run, tmp_path):
