@@ -1,0 +1,202 @@
+"""What all figures share: reading and writing files, text, colours, and the names of gates.
+
+Colours are Okabe and Ito's colour-blind safe set (Okabe & Ito 2008, "Color Universal Design") for categories, cividis
+for amounts. Gates are told apart by the columns that tables of results carry behind `mode`, never by the mode's name.
+"""
+
+import json
+import math
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+BLACK, GREY = "#000000", "#7F7F7F"
+BLUE, ORANGE, GREEN, PINK, LIGHT_BLUE, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
+SERIES = (BLUE, ORANGE, GREEN, PINK, LIGHT_BLUE, VERMILION, BLACK)  # of categories without a colour of their own
+MARKERS = "osD^vPX"
+SPARSITY_MAP = "cividis"
+SIGNED_MAP = "PuOr"
+DELTA_NLL = "Δ NLL against baseline (nats per token)"
+SIGNIFICANT = 0.05  # after Holm's correction
+
+# The groups of gates and their colours, from those that know nothing to those that know everything.
+BASELINE, CHANCE, FIXED, REARRANGED = "baseline", "chance", "fixed", "routing, rearranged"
+SIGNAL, SOFT, LATER, UNCALIBRATED = "other signals", "soft", "known only after the layer", "uncalibrated"
+ROUTING, TRAINED, BOUND = "routing", "trained", "bound: has seen what follows"
+COLOURS = {
+    BASELINE: BLACK, CHANCE: GREY, FIXED: ORANGE, REARRANGED: ORANGE, SIGNAL: LIGHT_BLUE, SOFT: LIGHT_BLUE,
+    LATER: PINK, UNCALIBRATED: PINK, ROUTING: BLUE, TRAINED: GREEN, BOUND: VERMILION,
+}  # fmt: skip
+# What `name_gates` calls a gate -> (label, group), in the order of figures.
+GATES = {
+    "baseline": ("baseline (attention only)", BASELINE),
+    "fixed": ("fixed alpha", FIXED),
+    "random": ("random", CHANCE),
+    "token_shuffled": ("routing, tokens shuffled", REARRANGED),
+    "block_shuffled": ("routing, blocks shuffled", REARRANGED),
+    "inverted": ("routing, inverted", REARRANGED),
+    "other_document": ("routing of another document", REARRANGED),
+    "position_early": ("early tokens", SIGNAL),
+    "position_late": ("late tokens", SIGNAL),
+    "token_frequency": ("frequent tokens", SIGNAL),
+    "previous_surprisal": ("expected tokens (surprisal)", SIGNAL),
+    "hidden_norm": ("hidden-state norm", SIGNAL),
+    "residual_norm": ("residual norm", SIGNAL),
+    "self_sparsity": ("the layer's own sparsity", LATER),
+    "attention_entropy": ("attention entropy", LATER),
+    "recall_error": ("recall error of the sidecar", LATER),
+    "routing hard": ("routing, hard", ROUTING),
+    "routing hard lookahead": ("routing, hard, look-ahead", ROUTING),
+    "routing hard shared": ("routing, hard, one threshold for all layers", ROUTING),
+    "routing hard threshold": ("routing, uncalibrated threshold", UNCALIBRATED),
+    "routing soft": ("routing, soft", SOFT),
+    "ffn_sparsity hard": ("FFN sparsity, hard", ROUTING),
+    "ffn_sparsity soft": ("FFN sparsity, soft", SOFT),
+    "probe_router_linear": ("probe of the router, linear", TRAINED),
+    "probe_router_mlp": ("probe of the router, MLP", TRAINED),
+    "probe_hidden_linear": ("probe of the layer input, linear", TRAINED),
+    "probe_hidden_mlp": ("probe of the layer input, MLP", TRAINED),
+    "learned": ("learned gate", TRAINED),
+    "oracle": ("oracle (knows each token's cost)", BOUND),
+    "hindsight": ("hindsight (has seen the answers)", BOUND),
+}
+# Gates whose rows are one way to choose tokens at a share: the others have figures of their own.
+LADDER_GROUPS = (CHANCE, REARRANGED, SIGNAL, LATER, ROUTING, TRAINED, BOUND)
+
+# Columns that stay text whatever they hold: a layer may be "3" or "all", a token may read "null", a path "6".
+TEXT_COLUMNS = (
+    "alpha", "choice", "document", "domain", "domain_a", "domain_b", "layer", "layers", "mode", "nearest", "path",
+    "positions", "prefers", "stage", "task", "token", "token_texts", "variant",
+)  # fmt: skip
+MODE_TEXT = ("kind", "gate", "signal", "recipe", "matched_to", "cheap_path", "variant")
+
+
+class NothingToDraw(ValueError):
+    """A result file holds nothing that this figure could show; the message says why."""
+
+
+# -- files
+def read_result(path, script):
+    """Read one result file; where it is missing, print which script writes it and return None.
+
+    path: .csv -> DataFrame (TEXT_COLUMNS stay text), .json -> dict or list. script: "05_sweep_alpha.py".
+    Raises ValueError for another suffix.
+    """
+    path = Path(path)
+    if path.suffix not in (".csv", ".json"):
+        raise ValueError(f"{path.name}: results are .csv or .json")
+    if not path.is_file():
+        print(f"{path.name} is not there yet. Run: python scripts/{script}")
+        return None
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    return pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str))
+
+
+def save_figure(figure, path, dpi=150):
+    """Write `figure` as PNG with the same bytes for the same data (no date, no software version inside)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi, metadata={"Software": None})
+    return path
+
+
+# -- gates
+def name_gates(table):
+    """A table of results with the columns `name` (a key of GATES, where it is known there) and `share` added.
+
+    A control is called by its recipe; one that is matched to a gate other than the one that leads the share is called
+    by both: `random of learned`. A share that was not asked for (an uncalibrated threshold) is NaN.
+    """
+    table = table.copy()
+    present = [column for column in MODE_TEXT if column in table]
+    table[present] = table[present].fillna("")
+    variants = table["variant"] if "variant" in table else pd.Series("", table.index)
+    gates = [_gate_name(*row) for row in zip(table["kind"], table["hard"], variants, strict=True)]
+    of_mode = dict(zip(table["mode"], gates, strict=True))
+    leaders = {"routing hard", "ffn_sparsity hard", ""}
+    names = []
+    for gate, recipe, matched_to in zip(gates, table["recipe"], table["matched_to"], strict=True):
+        other = of_mode.get(matched_to, "")
+        names.append(gate if not recipe else recipe if other in leaders else f"{recipe} of {other}")
+    return table.assign(name=names, share=pd.to_numeric(table["share_target"]))
+
+
+def _gate_name(kind, hard, variant):
+    """`routing hard lookahead`: a gate's kind, its form, and what tells it from the gate that leads the share."""
+    if kind in ("routing", "ffn_sparsity"):
+        form = "hard" if str(hard) == "True" else "soft"
+        return f"{kind} {form} {variant}".strip()
+    return {"none": "baseline"}.get(kind, kind)
+
+
+def gate_label(name):
+    """The name of a gate for people."""
+    recipe, of, gate = name.partition(" of ")
+    if of:
+        return f"{gate_label(recipe)}, counts of {plain(gate)}"
+    return GATES[name][0] if name in GATES else plain(name.replace("_", " "))
+
+
+def gate_colour(name):
+    """The colour of a gate's group; gates without a place in GATES have that of the gate that they vary."""
+    known = name if name in GATES else " ".join(name.partition(" of ")[0].split(" ")[:2])
+    return COLOURS[GATES[known][1]] if known in GATES else GREY
+
+
+# -- text
+def plain(text, width=None):
+    """Text safe to print in a figure: `$` escaped, line breaks and control characters visible, cut to `width`."""
+    shown = "".join(
+        {"\n": "↵", "\t": "⇥", "\r": "⇤"}.get(c, c if unicodedata.category(c)[0] != "C" else "�") for c in str(text)
+    )
+    if width is not None and len(shown) > width:
+        shown = shown[: width - 1].rstrip() + "…"
+    return shown.replace("$", r"\$")
+
+
+def sparse_labels(values, most):
+    """Tick labels with at most about `most` of them printed, the others empty."""
+    step = max(1, math.ceil(len(values) / most))
+    return [str(value) if index % step == 0 else "" for index, value in enumerate(values)]
+
+
+# -- figures
+def new_figure(width, height, rows=1, columns=1, **gridspec):
+    """Figure and axes outside pyplot's registry: nothing to close, nothing shown by itself."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    with sns.axes_style("whitegrid"):
+        axes = figure.subplots(rows, columns, gridspec_kw=gridspec or None)
+    return figure, axes
+
+
+def reach(rows, centre, low, high):
+    """Lengths of error bars [2, n]; 0 where there is no interval, and never negative by rounding.
+
+    The studentised intervals of a few documents may be infinite: those reach far beyond the panel.
+    """
+    ends = [rows[centre] - rows[low], rows[high] - rows[centre]]
+    return np.nan_to_num(np.maximum(np.array(ends, dtype=float), 0), posinf=1e6)
+
+
+def panels_for(count, columns, width, height, base=(1.0, 0.6)):
+    """(figure, `count` axes) in a grid of at most `columns`, each `width` x `height` inches beside `base`."""
+    columns = min(columns, count)
+    lines = math.ceil(count / columns)
+    figure, axes = new_figure(base[0] + width * columns, base[1] + height * lines, lines, columns)
+    axes = np.atleast_1d(axes).ravel()
+    for empty in axes[count:]:
+        empty.remove()
+    return figure, axes[:count]
+
+
+def legend_below(figure, handles, labels=None, columns=6):
+    """One legend for all panels, below them."""
+    arguments = (handles,) if labels is None else (handles, labels)
+    figure.legend(
+        handles=arguments[0], labels=labels, fontsize=8.5, ncols=columns, frameon=False, loc="outside lower center"
+    )
