@@ -69,10 +69,10 @@ LADDER_GROUPS = (CHANCE, REARRANGED, SIGNAL, LATER, ROUTING, TRAINED, BOUND)
 
 # Columns that stay text whatever they hold: a layer may be "3" or "all", a token may read "null", a path "6".
 TEXT_COLUMNS = (
-    "alpha", "choice", "document", "domain", "domain_a", "domain_b", "layer", "layers", "mode", "nearest", "path",
-    "positions", "prefers", "stage", "task", "token", "token_texts", "variant",
+    "alpha", "cheap_path", "choice", "document", "domain", "domain_a", "domain_b", "gate", "kind", "layer", "layers",
+    "matched_to", "mode", "nearest", "path", "positions", "prefers", "recipe", "signal", "stage", "task", "token",
+    "token_texts", "variant",
 )  # fmt: skip
-MODE_TEXT = ("kind", "gate", "signal", "recipe", "matched_to", "cheap_path", "variant")
 
 
 class NothingToDraw(ValueError):
@@ -83,18 +83,26 @@ class NothingToDraw(ValueError):
 def read_result(path, script):
     """Read one result file; where it is missing, print which script writes it and return None.
 
-    path: .csv -> DataFrame (TEXT_COLUMNS stay text), .json -> dict or list. script: "05_sweep_alpha.py".
-    Raises ValueError for another suffix.
+    path: .csv -> DataFrame (TEXT_COLUMNS stay text, an empty cell of the others is NaN), .json -> dict or list, .npz ->
+    dict of arrays. script: "05_sweep_alpha.py". Raises ValueError for another suffix.
     """
     path = Path(path)
-    if path.suffix not in (".csv", ".json"):
-        raise ValueError(f"{path.name}: results are .csv or .json")
+    if path.suffix not in (".csv", ".json", ".npz"):
+        raise ValueError(f"{path.name}: results are .csv, .json or .npz")
     if not path.is_file():
         print(f"{path.name} is not there yet. Run: python scripts/{script}")
         return None
     if path.suffix == ".json":
         return json.loads(path.read_text(encoding="utf-8"))
-    return pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str))
+    if path.suffix == ".npz":
+        with np.load(path) as archive:
+            return {name: archive[name] for name in archive.files}
+    # A token may be a carriage return, or read "null".
+    types = dict.fromkeys(TEXT_COLUMNS, str)
+    table = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""], lineterminator="\n")
+    text = [column for column in TEXT_COLUMNS if column in table]
+    table[text] = table[text].fillna("")
+    return table
 
 
 def save_figure(figure, path, dpi=150):
@@ -112,9 +120,6 @@ def name_gates(table):
     A control is called by its recipe; one that is matched to a gate other than the one that leads the share is called
     by both: `random of learned`. A share that was not asked for (an uncalibrated threshold) is NaN.
     """
-    table = table.copy()
-    present = [column for column in MODE_TEXT if column in table]
-    table[present] = table[present].fillna("")
     variants = table["variant"] if "variant" in table else pd.Series("", table.index)
     gates = [_gate_name(*row) for row in zip(table["kind"], table["hard"], variants, strict=True)]
     of_mode = dict(zip(table["mode"], gates, strict=True))
@@ -194,9 +199,8 @@ def panels_for(count, columns, width, height, base=(1.0, 0.6)):
     return figure, axes[:count]
 
 
-def legend_below(figure, handles, labels=None, columns=6):
-    """One legend for all panels, below them."""
-    arguments = (handles,) if labels is None else (handles, labels)
-    figure.legend(
-        handles=arguments[0], labels=labels, fontsize=8.5, ncols=columns, frameon=False, loc="outside lower center"
-    )
+def legend_below(figure, handles, columns=6):
+    """One legend for all panels, below them. handles: artists that have labels, or the axes whose legend it is."""
+    if hasattr(handles, "get_legend_handles_labels"):
+        handles = handles.get_legend_handles_labels()[0]
+    figure.legend(handles=handles, fontsize=8.5, ncols=columns, frameon=False, loc="outside lower center")
