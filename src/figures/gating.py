@@ -17,44 +17,14 @@ import seaborn as sns
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from src.figures import style
 from src.figures.hybrid import plot_token_text
-from src.figures.style import (
-    BLUE,
-    BOUND,
-    CHANCE,
-    COLOURS,
-    DELTA_NLL,
-    GATES,
-    GREY,
-    LADDER_GROUPS,
-    LATER,
-    MARKERS,
-    ORANGE,
-    REARRANGED,
-    SERIES,
-    SIGNAL,
-    SIGNED_MAP,
-    SIGNIFICANT,
-    SPARSITY_MAP,
-    VERMILION,
-    NothingToDraw,
-    gate_colour,
-    gate_label,
-    legend_below,
-    name_gates,
-    new_figure,
-    panels_for,
-    plain,
-    reach,
-    read_result,
-    sparse_labels,
-)
 
 GOOD_RHO = 0.6  # rank agreement with interventions from which an estimate is taken as good
 # gates at equal share, in the order of the ladder
-LADDER = tuple(name for name, (_, group) in GATES.items() if group in LADDER_GROUPS)
+LADDER = tuple(name for name, (_, group) in style.GATES.items() if group in style.LADDER_GROUPS)
 VERSUS_RANDOM = ("vs_random", "vs_random_ci_low", "vs_random_ci_high")
 COST = ("delta_nll", "ci_low", "ci_high")
 # ablation -> label, in the order of figures
@@ -76,7 +46,7 @@ TRAINING_COLUMNS = {
     "vs_random": ("routing minus random (nats per token)", 1),
 }
 GATE_COLUMNS = {
-    "delta_nll": (DELTA_NLL, 1),
+    "delta_nll": (style.DELTA_NLL, 1),
     "vs_random": ("gate minus random control (nats per token)", 1),
 }
 CURVES = {"normalised_mse": "error of the layer's output (normalised)", "kl": "KL from the base model (nats per token)"}
@@ -87,14 +57,14 @@ def read_gates(folder, table):
     """08's table of gates, with every control, or else 07's: `results`, `pairs` or `domains`; None without either."""
     explained = folder / f"explained_gates_{table}.csv"
     if explained.is_file():
-        return read_result(explained, "08_explain_gates.py")
-    return read_result(folder / f"gated_hybrid_{table}.csv", "07_gated_hybrid.py")
+        return style.read_result(explained, "08_explain_gates.py")
+    return style.read_result(folder / f"gated_hybrid_{table}.csv", "07_gated_hybrid.py")
 
 
 def read_ablations(folder):
     """All ablation_<name>.csv of a folder in one DataFrame; says which are missing, and returns None without any."""
     scripts = dict.fromkeys(TRAINING, "10_ablate_sidecars.py") | dict.fromkeys(GATE_FORMS, "08_explain_gates.py")
-    tables = [read_result(folder / f"ablation_{name}.csv", script) for name, script in scripts.items()]
+    tables = [style.read_result(folder / f"ablation_{name}.csv", script) for name, script in scripts.items()]
     found = [table for table in tables if table is not None]
     return pd.concat(found, ignore_index=True) if found else None
 
@@ -102,7 +72,7 @@ def read_ablations(folder):
 # -- parts
 def _ranked(rows):
     """The rows whose gate has a place in the ladder, with columns name and share; in the ladder's order."""
-    rows = name_gates(rows)
+    rows = style.name_gates(rows)
     rows = rows[rows["name"].isin(LADDER)]
     return rows.sort_values("name", key=lambda names: names.map(LADDER.index), kind="stable")
 
@@ -111,55 +81,16 @@ def _looks(names):
     """name -> (colour of its group, marker, line); gates of one group differ in their lines and markers."""
     looks, seen = {}, {}
     for number, name in enumerate(names):
-        colour = gate_colour(name)
-        looks[name] = (colour, MARKERS[number % len(MARKERS)], ("-", "--", "-.", ":")[seen.get(colour, 0) % 4])
+        colour = style.gate_colour(name)
+        looks[name] = (colour, style.series(number)[1], ("-", "--", "-.", ":")[seen.get(colour, 0) % 4])
         seen[colour] = seen.get(colour, 0) + 1
     return looks
 
 
-def _series(number):
-    """(colour, marker) of the `number`-th share, estimate or variant."""
-    return SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
-
-
-def _dots(axes, rows, places, columns, colour, marker="o", filled=True, label=None):
-    """Horizontal estimates with intervals; columns: (centre, low, high)."""
-    axes.errorbar(
-        rows[columns[0]], places, xerr=reach(rows, *columns), fmt=marker, color=colour, ms=6, capsize=2.5, label=label,
-        markerfacecolor=colour if filled else "white",
-    )  # fmt: skip
-
-
-def _aside(number, count, span=0.6):
-    """Where the `number`-th of `count` marks of one row stands: offsets over `span`, around 0."""
-    return span * ((number + 0.5) / count - 0.5)
-
-
-def _name_rows(axes, labels, first=True):
-    """One row per label from the top; `first`: the panel that shows the labels."""
-    axes.set_yticks(range(len(labels)), labels if first else [""] * len(labels), fontsize=9)
-    axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.grid(axis="y", visible=False)
-
-
 def _tell_apart(figure, groups, more=()):
     """Legend below the figure: colours of the groups, then `more` handles."""
-    handles = [Patch(color=COLOURS[group], label=group) for group in LADDER_GROUPS if group in set(groups)]
-    legend_below(figure, [*handles, *more], 4)
-
-
-def _mark(marker, filled, label, colour="black"):
-    face = colour if filled else "white"
-    return Line2D([], [], marker=marker, ls="", color=colour, markerfacecolor=face, ms=6, label=label)
-
-
-def _fit(axes, rows, low, high):
-    """Few ticks, and room for every finite interval and for 0."""
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    ends = np.array([0.0, *rows[low], *rows[high]])
-    ends = ends[np.isfinite(ends)]
-    room = 0.08 * max(np.ptp(ends), 1e-9)
-    axes.set_xlim(ends.min() - room, ends.max() + room)
+    handles = [Patch(color=style.COLOURS[group], label=group) for group in style.LADDER_GROUPS if group in set(groups)]
+    style.legend_below(figure, [*handles, *more], 4)
 
 
 # -- gates at equal share
@@ -171,32 +102,33 @@ def plot_ladder(gated):
     rows = _ranked(gated)
     shares = [share for share, part in rows.groupby("share") if len(part) > 1]
     if not shares:
-        raise NothingToDraw("no share has both a control and a gate")
+        raise style.NothingToDraw("no share has both a control and a gate")
     rows = rows[rows["share"].isin(shares)]
     names = list(dict.fromkeys(rows["name"]))
-    figure, panels = new_figure(max(8.0, 3.2 + 3.3 * len(shares)), 2.0 + 0.3 * len(names), 1, len(shares))
+    figure, panels = style.new_figure(max(8.0, 3.2 + 3.3 * len(shares)), 2.0 + 0.3 * len(names), 1, len(shares))
     for share, axes in zip(shares, np.atleast_1d(panels), strict=True):
         part = rows[rows["share"] == share]
         for name, one in part.groupby("name"):
             offline = bool(one["uses_document"].iloc[0])
-            _dots(axes, one, [names.index(name)], COST, gate_colour(name), "D" if offline else "o", not offline)
-        for _, row in part[part["p_holm"] < SIGNIFICANT].iterrows():
+            look = (style.gate_colour(name), "D" if offline else "o", not offline)
+            style.dots(axes, one, [names.index(name)], COST, *look)
+        for _, row in part[part["p_holm"] < style.SIGNIFICANT].iterrows():
             place = (row["ci_high"], names.index(row["name"]))
             axes.annotate("*", place, (4, -4), textcoords="offset points", fontsize=11)
         for value in part.loc[part["name"] == "random", "delta_nll"]:
-            axes.axvline(value, color=GREY, ls="--", lw=1.2, zorder=0)
+            axes.axvline(value, color=style.GREY, ls="--", lw=1.2, zorder=0)
         axes.axvline(0, color="black", lw=1)
         for place, (one, other) in enumerate(itertools.pairwise(names)):
-            if GATES[one][1] != GATES[other][1]:
+            if style.GATES[one][1] != style.GATES[other][1]:
                 axes.axhline(place + 0.5, color="0.88", lw=0.8, zorder=0)
-        _fit(axes, part, "ci_low", "ci_high")
-        _name_rows(axes, [gate_label(name) for name in names], axes is figure.axes[0])
-        axes.set_xlabel(DELTA_NLL)
+        style.fit(axes, part, "ci_low", "ci_high")
+        style.name_rows(axes, [style.gate_label(name) for name in names], axes is figure.axes[0])
+        axes.set_xlabel(style.DELTA_NLL)
         axes.set_title(f"{100 * share:g} % of tokens on Mamba", fontsize=10)
-    more = [_mark("o", True, "deployable gate"), _mark("D", False, "offline mask, equal counts")]
-    more.append(Line2D([], [], color=GREY, ls="--", label="random control"))
+    more = [style.mark("o", True, "deployable gate"), style.mark("D", False, "offline mask, equal counts")]
+    more.append(Line2D([], [], color=style.GREY, ls="--", label="random control"))
     more.append(Line2D([], [], color="black", marker="$*$", ls="", label="differs from random (Holm)"))
-    _tell_apart(figure, [GATES[name][1] for name in names], more)
+    _tell_apart(figure, [style.GATES[name][1] for name in names], more)
     figure.suptitle("What it costs to choose the Mamba tokens in this way (left is better; bars: 95 %)", fontsize=10.5)
     return figure
 
@@ -208,30 +140,30 @@ def plot_controls(pairs, answer=None, share=0.5):
     Raises NothingToDraw where there is no control at `share`.
     """
     answer = answer or {}
-    groups = {name: group for name, (_, group) in GATES.items() if group in (CHANCE, REARRANGED, SIGNAL, LATER)}
-    rows = pairs[(pairs["share"] == share) & pairs["recipe"].isin(groups)]
+    controls = [name for name in LADDER if style.GATES[name][1] in style.CONTROL_GROUPS]
+    rows = pairs[(pairs["share"] == share) & pairs["recipe"].isin(controls)]
     if rows.empty:
-        raise NothingToDraw(f"no gate and its controls were run at share {share:g}")
-    rows = rows.sort_values("recipe", key=lambda recipes: recipes.map(list(groups).index), kind="stable")
-    figure, axes = new_figure(8.5, 2.2 + 0.32 * len(rows))
+        raise style.NothingToDraw(f"no gate and its controls were run at share {share:g}")
+    rows = rows.sort_values("recipe", key=lambda recipes: recipes.map(controls.index), kind="stable")
+    figure, axes = style.new_figure(8.5, 2.2 + 0.32 * len(rows))
     margin, more = answer.get("margin") or 0, []
     if margin:
-        axes.axvspan(-margin, margin, color=GREY, alpha=0.22, lw=0)
-        more.append(Patch(color=GREY, alpha=0.22, label=f"margin of no interest: ±{margin:.4f}"))
+        axes.axvspan(-margin, margin, color=style.GREY, alpha=0.22, lw=0)
+        more.append(Patch(color=style.GREY, alpha=0.22, label=f"margin of no interest: ±{margin:.4f}"))
     for place, (_, row) in enumerate(rows.iterrows()):
         columns = ("difference", "ci_low", "ci_high")
-        _dots(axes, row.to_frame().T, [place], columns, gate_colour(row["recipe"]))
+        style.dots(axes, row.to_frame().T, [place], columns, style.gate_colour(row["recipe"]))
         text = f"{row['difference']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
         axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
     axes.axvline(0, color="black", lw=1)
     ends = rows.assign(low=-margin, high=margin).melt(value_vars=["ci_low", "ci_high", "low", "high"])
-    _fit(axes, ends, "value", "value")
-    _name_rows(axes, [gate_label(recipe) for recipe in rows["recipe"]])
+    style.fit(axes, ends, "value", "value")
+    style.name_rows(axes, [style.gate_label(recipe) for recipe in rows["recipe"]])
     axes.set_xlabel("NLL of the gate minus NLL of the control (nats per token; left of 0: the gate is better)")
-    _tell_apart(figure, [groups[recipe] for recipe in rows["recipe"]], more)
+    _tell_apart(figure, [style.GATES[recipe][1] for recipe in rows["recipe"]], more)
     outcome = f"verdict: {answer['outcome'].upper()}" if answer.get("outcome") else "no verdict yet"
     axes.set_title(
-        f"{plain(rows['mode'].iloc[0])} against each control, {100 * share:g} % of tokens on Mamba\n{outcome}",
+        f"{style.plain(rows['mode'].iloc[0])} against each control, {100 * share:g} % of tokens on Mamba\n{outcome}",
         fontsize=10.5,
     )
     return figure
@@ -242,27 +174,27 @@ def plot_domains(domains):
     rows = _ranked(domains)
     rows = rows[rows["name"].isin(["routing hard", "ffn_sparsity hard"])]
     if rows.empty:
-        raise NothingToDraw("no hard gate was scored by domain")
+        raise style.NothingToDraw("no hard gate was scored by domain")
     names, shares = list(dict.fromkeys(rows["domain"])), sorted(set(rows["share"]))
-    figure, (left, right) = new_figure(10.5, 1.9 + 0.22 * len(names) * (len(shares) + 0.6), 1, 2)
+    figure, (left, right) = style.new_figure(10.5, 1.9 + 0.22 * len(names) * (len(shares) + 0.6), 1, 2)
     for number, share in enumerate(shares):
         part = rows[rows["share"] == share]
-        places = [names.index(name) + _aside(number, len(shares)) for name in part["domain"]]
-        colour, marker = _series(number)
-        _dots(left, part, places, VERSUS_RANDOM, colour, marker, label=f"share {share:g}")
+        places = [names.index(name) + style.aside(number, len(shares)) for name in part["domain"]]
+        colour, marker = style.series(number)
+        style.dots(left, part, places, VERSUS_RANDOM, colour, marker, label=f"share {share:g}")
         right.axvline(share, color=colour, ls="--", lw=1.2)
         right.scatter(part["share_realised"], places, s=36, zorder=3, color=colour, marker=marker)
     left.axvline(0, color="black", lw=1)
-    _fit(left, rows, "vs_random_ci_low", "vs_random_ci_high")
+    style.fit(left, rows, "vs_random_ci_low", "vs_random_ci_high")
     right.set_xlim(0, 1)
     counts = rows.groupby("domain")["documents"].max()
     for axes in (left, right):
-        _name_rows(axes, [f"{plain(name)} ({counts[name]:g} documents)" for name in names], axes is left)
+        style.name_rows(axes, [f"{style.plain(name)} ({counts[name]:g} documents)" for name in names], axes is left)
     left.set_xlabel("routing minus random (nats per token; left is better)")
     left.set_title("Routing against chance by kind of text (bars: 95 %)", fontsize=10)
     right.set_xlabel("share of tokens that routing sent to Mamba")
     right.set_title("Calibrated (dashed) and realised share", fontsize=10)
-    legend_below(figure, left)
+    style.legend_below(figure, left)
     return figure
 
 
@@ -274,28 +206,28 @@ def plot_layer_sets(layer_sets, share=0.5):
     rows = pd.concat([_ranked(part) for _, part in layer_sets.groupby("layers", sort=False)])
     rows = rows[rows["share"] == share]
     if rows.empty:
-        raise NothingToDraw(f"no layer set was run at share {share:g}")
+        raise style.NothingToDraw(f"no layer set was run at share {share:g}")
     names, gates = list(dict.fromkeys(rows["layers"])), sorted(set(rows["name"]), key=LADDER.index)
-    figure, (left, right) = new_figure(11.5, 2.1 + 0.2 * len(names) * (len(gates) + 0.6), 1, 2)
+    figure, (left, right) = style.new_figure(11.5, 2.1 + 0.2 * len(names) * (len(gates) + 0.6), 1, 2)
     for number, (gate, (*look, _)) in enumerate(_looks(gates).items()):
         part = rows[rows["name"] == gate]
-        places = np.array([names.index(name) for name in part["layers"]]) + _aside(number, len(gates), 0.7)
+        places = np.array([names.index(name) for name in part["layers"]]) + style.aside(number, len(gates), 0.7)
         filled = not part["uses_document"].iloc[0]
-        _dots(left, part, places, COST, *look, filled, gate_label(gate))
-        _dots(right, part, places, VERSUS_RANDOM, *look, filled)
-    _fit(left, rows, "ci_low", "ci_high")
-    _fit(right, rows, "vs_random_ci_low", "vs_random_ci_high")
+        style.dots(left, part, places, COST, *look, filled, style.gate_label(gate))
+        style.dots(right, part, places, VERSUS_RANDOM, *look, filled)
+    style.fit(left, rows, "ci_low", "ci_high")
+    style.fit(right, rows, "vs_random_ci_low", "vs_random_ci_high")
     for axes in (left, right):
         axes.axvline(0, color="black", lw=1)
-        _name_rows(axes, [plain(name.replace("_", " ")) for name in names], axes is left)
+        style.name_rows(axes, [style.words(name) for name in names], axes is left)
         for place in range(1, len(names)):
             axes.axhline(place - 0.5, color="0.85", lw=0.8)
     left.set_ylabel("layers with a sidecar")
-    left.set_xlabel(DELTA_NLL)
+    left.set_xlabel(style.DELTA_NLL)
     left.set_title("Cost", fontsize=10)
     right.set_xlabel("NLL minus random control (nats per token; left is better)")
     right.set_title("Against chance", fontsize=10)
-    legend_below(figure, left, 4)
+    style.legend_below(figure, left, 4)
     figure.suptitle(
         f"Other layers on Mamba, {100 * share:g} % of their tokens (hollow: offline; bars: 95 %)", fontsize=10.5
     )
@@ -306,21 +238,21 @@ def plot_layer_sets(layer_sets, share=0.5):
 def plot_validation(validation):
     """Rank correlation of each estimate with interventions, by layer. `validation`: sensitivity_validation.csv."""
     if validation.empty:
-        raise NothingToDraw("no cell was switched by itself")
+        raise style.NothingToDraw("no cell was switched by itself")
     layers = ["all", *sorted((layer for layer in set(validation["layer"]) if layer != "all"), key=int)]
     estimators = list(dict.fromkeys(validation["estimator"]))
-    figure, axes = new_figure(max(6.5, 2.5 + 0.55 * len(layers)), 4.2)
+    figure, axes = style.new_figure(max(6.5, 2.5 + 0.55 * len(layers)), 4.2)
     for number, name in enumerate(estimators):
         part = validation[validation["estimator"] == name]
-        places = np.array([layers.index(layer) for layer in part["layer"]]) + _aside(number, len(estimators), 0.4)
-        chosen, (colour, marker) = bool(part["chosen"].any()), _series(number)
+        places = np.array([layers.index(layer) for layer in part["layer"]]) + style.aside(number, len(estimators), 0.4)
+        chosen, (colour, marker) = bool(part["chosen"].any()), style.series(number)
         axes.errorbar(
-            places, part["rho"], yerr=reach(part, "rho", "ci_low", "ci_high"), fmt=marker,
+            places, part["rho"], yerr=style.reach(part, "rho", "ci_low", "ci_high"), fmt=marker,
             color=colour, markerfacecolor=colour if chosen else "white", ms=6, capsize=2.5,
-            label=f"{plain(name.replace('_', ' '))}, KL of its masks {part['mask_kl'].max():.3f}"
+            label=f"{style.words(name)}, KL of its masks {part['mask_kl'].max():.3f}"
             + (" (chosen)" if chosen else ""),
         )  # fmt: skip
-    axes.axhline(GOOD_RHO, color=GREY, ls="--", lw=1.2, label=f"good enough: {GOOD_RHO:g}")
+    axes.axhline(GOOD_RHO, color=style.GREY, ls="--", lw=1.2, label=f"good enough: {GOOD_RHO:g}")
     axes.set_xticks(range(len(layers)), layers)
     axes.set_ylim(min(0.0, float(validation["ci_low"].min()) - 0.05), 1.02)
     axes.set_xlim(-0.6, len(layers) - 0.4)
@@ -332,7 +264,7 @@ def plot_validation(validation):
         f"KL from the base model, nats per token, rule's share; random masks: {validation['random_kl'].max():.3f}",
         fontsize=10,
     )
-    legend_below(figure, axes, 2)
+    style.legend_below(figure, axes, 2)
     return figure
 
 
@@ -343,7 +275,7 @@ def plot_correlations(correlations):
     """
     every = correlations[correlations["layer"] == "all"].sort_values("partial_rho", kind="stable")
     if every.empty:
-        raise NothingToDraw("no signal was correlated with sensitivity")
+        raise style.NothingToDraw("no signal was correlated with sensitivity")
     signals = list(every["signal"])
     rest = correlations[correlations["layer"] != "all"]
     rest = rest.assign(layer=rest["layer"].astype(int))
@@ -352,44 +284,44 @@ def plot_correlations(correlations):
         for column in ("partial_rho", "p_holm")
     )
     wide = max(2.2, 0.55 * heat.shape[1])
-    figure, (left, right) = new_figure(
+    figure, (left, right) = style.new_figure(
         7.5 + wide, 2.0 + 0.36 * len(signals), 1, 2, width_ratios=[4.5, wide + 0.8]
     )  # fmt: skip
     for place, (_, row) in enumerate(every.iterrows()):
         one = every[every["signal"] == row["signal"]]
         columns = ("partial_rho", "partial_ci_low", "partial_ci_high")
-        _dots(left, one, [place], columns, BLUE, filled=bool(row["deployable"]))
-        left.scatter(row["rho"], place, marker="|", s=90, color=ORANGE, zorder=1)
-        if row["p_holm"] < SIGNIFICANT:
+        style.dots(left, one, [place], columns, style.BLUE, filled=bool(row["deployable"]))
+        left.scatter(row["rho"], place, marker="|", s=90, color=style.ORANGE, zorder=1)
+        if row["p_holm"] < style.SIGNIFICANT:
             left.annotate("*", (row["partial_ci_high"], place), (4, -4), textcoords="offset points", fontsize=11)
     left.axvline(0, color="black", lw=1)
-    _fit(left, every, "partial_ci_low", "partial_ci_high")
+    style.fit(left, every, "partial_ci_low", "partial_ci_high")
     low, high = left.get_xlim()
     left.set_xlim(min(low, every["rho"].min() - 0.03), max(high, every["rho"].max() + 0.03))
     names = zip(signals, every["deployable"], strict=True)
-    _name_rows(left, [plain(name.replace("_", " ")) + ("  •" if deployable else "") for name, deployable in names])
+    style.name_rows(left, [style.words(name) + ("  •" if deployable else "") for name, deployable in names])
     left.set_xlabel("rank correlation with sensitivity (rho)")
     left.set_title("All layers (bars: 95 %, documents)", fontsize=10)
     reach = max(0.05, float(np.nanmax(np.abs(heat.to_numpy())))) if heat.size else 1
     if heat.size:
-        stars = np.where(p_holm < SIGNIFICANT, "*", "")
+        stars = np.where(p_holm < style.SIGNIFICANT, "*", "")
         text = np.char.add([[f"{value:+.2f}" for value in row] for row in heat.to_numpy()], stars)
         sns.heatmap(
-            heat, ax=right, cmap=SIGNED_MAP, vmin=-reach, vmax=reach, annot=text if heat.shape[1] <= 12 else stars,
-            fmt="", annot_kws={"fontsize": 8}, cbar_kws={"label": "partial rho"}, yticklabels=False,
-            xticklabels=sparse_labels(list(heat.columns), 24),
+            heat, ax=right, cmap=style.SIGNED_MAP, vmin=-reach, vmax=reach, fmt="",
+            annot=text if heat.shape[1] <= 12 else stars, annot_kws={"fontsize": 8}, cbar_kws={"label": "partial rho"}, yticklabels=False,
+            xticklabels=style.sparse_labels(list(heat.columns), 24),
         )  # fmt: skip
         right.tick_params(axis="x", rotation=0)
     right.set_xlabel("layer")
     right.set_ylabel("")
     right.set_title("Layer by layer", fontsize=10)
     more = [
-        _mark("o", True, "• deployable signal", BLUE),
-        _mark("o", False, "not known before the layer runs", BLUE),
-        Line2D([], [], marker="|", ls="", ms=9, color=ORANGE, label="before partialling"),
+        style.mark("o", True, "• deployable signal", style.BLUE),
+        style.mark("o", False, "not known before the layer runs", style.BLUE),
+        Line2D([], [], marker="|", ls="", ms=9, color=style.ORANGE, label="before partialling"),
         Line2D([], [], marker="$*$", ls="", color="black", label="differs from 0 (Holm)"),
     ]
-    legend_below(figure, more, 4)
+    style.legend_below(figure, more, 4)
     figure.suptitle(
         "Which signal tells what a token's attention is worth? Within documents, beyond position, frequency, surprisal",
         fontsize=10.5,
@@ -412,16 +344,18 @@ def plot_sensitivity_map(document, start=0, tokens=64):
     cut = slice(start, start + tokens)
     names, layers = document["tokens"][cut], document["layers"]
     if not names:
-        raise NothingToDraw(f"the document has {len(document['tokens'])} tokens; there is none from {start} on")
+        raise style.NothingToDraw(f"the document has {len(document['tokens'])} tokens; there is none from {start} on")
     values = _positive(document["sensitivity"])
     low, high = np.quantile(values, [0.02, 0.98])  # of the whole document, so that excerpts compare
     # 0 both paths agree on attention, 1 only routing chooses Mamba, 2 only the oracle, 3 both
     chosen = np.asarray(document["mamba"])[:, cut] + 2 * np.asarray(document["oracle"])[:, cut]
-    colours = ["0.93", SERIES[1], SERIES[4], SERIES[0]]
-    figure, panels = new_figure(max(8.5, 3.0 + 0.2 * len(names)), 3.0 + min(max(3.0, 0.6 * len(layers)), 10.0), 3, 1)
-    shared = dict(xticklabels=False, yticklabels=sparse_labels(layers, 12))
+    colours = ["0.93", style.SERIES[1], style.SERIES[4], style.SERIES[0]]
+    figure, panels = style.new_figure(
+        max(8.5, 3.0 + 0.2 * len(names)), 3.0 + min(max(3.0, 0.6 * len(layers)), 10.0), 3, 1
+    )
+    shared = dict(xticklabels=False, yticklabels=style.sparse_labels(layers, 12))
     norm = LogNorm(low, max(high, 1.001 * low))
-    settings = dict(cmap=SPARSITY_MAP, **shared)
+    settings = dict(cmap=style.SPARSITY_MAP, **shared)
     sns.heatmap(values[:, cut], ax=panels[0], norm=norm, cbar_kws={"label": "nats (log)"}, **settings)
     sparsity = np.asarray(document["sparsity"], dtype=float)[:, cut]
     sns.heatmap(sparsity, ax=panels[1], cbar_kws={"label": "sparsity"}, **settings)
@@ -435,13 +369,13 @@ def plot_sensitivity_map(document, start=0, tokens=64):
         axes.set_title(title, fontsize=10)
         axes.set_ylabel("layer")
         axes.tick_params(axis="y", rotation=0)
-    panels[2].set_xticks(np.arange(len(names)) + 0.5, [plain(name, 12) or "∅" for name in names], rotation=90)
+    panels[2].set_xticks(np.arange(len(names)) + 0.5, [style.plain(name, 12) or "∅" for name in names], rotation=90)
     panels[2].tick_params(axis="x", labelsize=8)
     panels[2].set_xlabel(f"token ({start} to {start + len(names) - 1} of {len(document['tokens'])})")
     labels = ("neither", "routing only", "oracle only", "both")
     handles = [Patch(color=colour, label=label) for colour, label in zip(colours, labels, strict=True)]
-    legend_below(figure, handles, 4)
-    figure.suptitle(f"Where attention is worth most: {plain(document['document'], 70)}", fontsize=10.5)
+    style.legend_below(figure, handles, 4)
+    figure.suptitle(f"Where attention is worth most: {style.plain(document['document'], 70)}", fontsize=10.5)
     return figure
 
 
@@ -468,7 +402,7 @@ def plot_sensitivity_text(document, layer=None, tokens=260):
     for cell, marked in zip(list(axes.patches), mamba, strict=False):  # a rectangle for each token, in order
         if marked:
             x, y = cell.get_xy()
-            axes.plot([x + 0.1, x + cell.get_width() - 0.1], [y + 0.88] * 2, color=VERMILION, lw=2.2)
+            axes.plot([x + 0.1, x + cell.get_width() - 0.1], [y + 0.88] * 2, color=style.VERMILION, lw=2.2)
     majority = "" if layer is not None else " in most layers"
     axes.set_title(f"Bright: attention is worth most ({where}). Underlined: routing sends it to Mamba{majority}",
                    fontsize=10.5)  # fmt: skip
@@ -483,28 +417,30 @@ def plot_probe_gap(probe_gap):
     `probe_gap`: probe_gap.csv.
     """
     if probe_gap.empty:
-        raise NothingToDraw("no probe was trained")
+        raise style.NothingToDraw("no probe was trained")
     names, shares = list(dict.fromkeys(probe_gap["probe"])), sorted(set(probe_gap["share"]))
-    figure, (left, right) = new_figure(11.5, 2.0 + 0.2 * len(names) * (len(shares) + 0.6), 1, 2, width_ratios=[1.6, 1])
+    figure, (left, right) = style.new_figure(
+        11.5, 2.0 + 0.2 * len(names) * (len(shares) + 0.6), 1, 2, width_ratios=[1.6, 1]
+    )
     rows = probe_gap.assign(**{name: 100 * probe_gap[name] for name in ("gap_closed", "ci_low", "ci_high")})
     for number, share in enumerate(shares):
         part = rows[rows["share"] == share]
-        places = np.array([names.index(name) for name in part["probe"]]) + _aside(number, len(shares))
-        look = _series(number)
-        _dots(left, part, places, ("gap_closed", "ci_low", "ci_high"), *look, label=f"share {share:g}")
-        _dots(right, part, places, ("rho", "rho_low", "rho_high"), *look)
-    left.axvline(100, color=COLOURS[BOUND], ls="--", lw=1.2, label="oracle")
-    left.axvline(0, color=GREY, ls="--", lw=1.2, label="random")
+        places = np.array([names.index(name) for name in part["probe"]]) + style.aside(number, len(shares))
+        look = style.series(number)
+        style.dots(left, part, places, ("gap_closed", "ci_low", "ci_high"), *look, label=f"share {share:g}")
+        style.dots(right, part, places, ("rho", "rho_low", "rho_high"), *look)
+    left.axvline(100, color=style.VERMILION, ls="--", lw=1.2, label="oracle")
+    left.axvline(0, color=style.GREY, ls="--", lw=1.2, label="random")
     right.axvline(0, color="black", lw=1)
     for axes in (left, right):
-        _name_rows(axes, [plain(name.replace("_", " ")) for name in names], axes is left)
-    _fit(left, rows.assign(oracle=100.0).melt(value_vars=["ci_low", "ci_high", "oracle"]), "value", "value")
+        style.name_rows(axes, [style.words(name) for name in names], axes is left)
+    style.fit(left, rows.assign(oracle=100.0).melt(value_vars=["ci_low", "ci_high", "oracle"]), "value", "value")
     left.set_xlabel("of the gap from random to oracle closed (%)")
     left.set_title("Loss (bars: 95 %)", fontsize=10)
     right.set_xlabel("rank correlation with sensitivity (rho)")
     right.set_title("Ranking of tokens (bars: 95 %)", fontsize=10)
-    _fit(right, rows, "rho_low", "rho_high")
-    legend_below(figure, left)
+    style.fit(right, rows, "rho_low", "rho_high")
+    style.legend_below(figure, left)
     figure.suptitle("How much of what could be known is in the router, and in the layer's input?", fontsize=10.5)
     return figure
 
@@ -515,26 +451,26 @@ def plot_recall(recall, share=0.5):
 
     `recall`: recall_results.csv. Raises NothingToDraw where nothing was run at `share`.
     """
-    rows = name_gates(recall)
+    rows = style.name_gates(recall)
     mamba_only = (rows["name"] == "fixed") & (rows["share"] == 1)
     rows.loc[mamba_only, "name"] = "Mamba only"
     rows = rows[(rows["name"] == "baseline") | mamba_only | (rows["share"] == share)]
     names = [name for name in dict.fromkeys(rows["name"]) if name != "baseline"]
     if not set(names) - {"Mamba only"}:
-        raise NothingToDraw(f"no gate was run at share {share:g}")
+        raise style.NothingToDraw(f"no gate was run at share {share:g}")
     tasks = list(dict.fromkeys(rows["task"]))
-    figure, panels = panels_for(len(tasks), 2, 4.8, 3.1, (2.0, 0.9 + 0.08 * len(names)))
+    figure, panels = style.panels_for(len(tasks), 2, 4.8, 3.1, (2.0, 0.9 + 0.08 * len(names)))
     for task, axes in zip(tasks, panels, strict=True):
         part = rows[rows["task"] == task]
         for number, (name, (colour, marker, line)) in enumerate(_looks(["baseline", *names]).items()):
             one = part[part["name"] == name].sort_values("length")
             axes.errorbar(
-                one["length"] * 2 ** _aside(number, len(names) + 1, 0.35), 100 * one["accuracy"],
-                yerr=100 * reach(one, "accuracy", "ci_low", "ci_high"), color=colour, capsize=2.5, lw=1.4, ms=5.5,
-                marker=marker, ls=line, label=gate_label(name),
+                one["length"] * 2 ** style.aside(number, len(names) + 1, 0.35), 100 * one["accuracy"],
+                yerr=100 * style.reach(one, "accuracy", "ci_low", "ci_high"), color=colour, capsize=2.5, lw=1.4, ms=5.5,
+                marker=marker, ls=line, label=style.gate_label(name),
             )  # fmt: skip
         chance = part.groupby("length")["chance"].first()
-        axes.plot(chance.index, 100 * chance, ":", color=GREY, lw=1.5, marker="_", label="chance")
+        axes.plot(chance.index, 100 * chance, ":", color=style.GREY, lw=1.5, marker="_", label="chance")
         lengths = sorted(set(part["length"]))
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
@@ -543,8 +479,8 @@ def plot_recall(recall, share=0.5):
         axes.set_ylim(-3, 103)
         axes.set_xlabel("length of the text (tokens; marks shifted sideways)")
         axes.set_ylabel("answers right (%)")
-        axes.set_title(plain(task.replace("_", " ")), fontsize=10)
-    legend_below(figure, panels[0], 3)
+        axes.set_title(style.words(task), fontsize=10)
+    style.legend_below(figure, panels[0], 3)
     figure.suptitle(f"Recall from the text, {100 * share:g} % of tokens on Mamba (bars: 95 %)", fontsize=10.5)
     return figure
 
@@ -567,7 +503,7 @@ def plot_gate_ablations(ablations):
 
 def _variant(name):
     """What an ablation's variant is called in figures."""
-    return STAGES.get(name, plain(name.replace("_", " ")))
+    return STAGES.get(name, style.words(name))
 
 
 def _plot_variants(ablations, names, columns, title):
@@ -575,7 +511,7 @@ def _plot_variants(ablations, names, columns, title):
     rows = ablations[ablations["ablation"].isin(names)]
     shown = [name for name in columns if name in rows and rows[name].notna().any()]
     if not shown:
-        raise NothingToDraw(f"none of these was run: {', '.join(names)}")
+        raise style.NothingToDraw(f"none of these was run: {', '.join(names)}")
     rows = rows.sort_values("ablation", key=lambda column: column.map(list(ABLATIONS).index), kind="stable")
     shares = rows["share"] if "share" in rows else pd.Series(math.nan, rows.index)
     kept = sorted(shares.dropna().unique()) or [math.nan]
@@ -587,7 +523,7 @@ def _plot_variants(ablations, names, columns, title):
             place += 1.0
         places[ablation, variant] = place + 0.5
         place += 1.0
-    figure, panels = new_figure(2.6 + 3.6 * len(shown), 1.6 + step * (place + 0.5), 1, len(shown))
+    figure, panels = style.new_figure(2.6 + 3.6 * len(shown), 1.6 + step * (place + 0.5), 1, len(shown))
     axes_of = dict(zip(shown, np.atleast_1d(panels), strict=True))
     for name, axes in axes_of.items():
         label, factor = columns[name]
@@ -601,14 +537,14 @@ def _plot_variants(ablations, names, columns, title):
         for number, share in enumerate(kept):
             inside = shares.isna() if math.isnan(share) else shares == share
             keys = rows.loc[inside, ["ablation", "variant"]].itertuples(index=False)
-            aside = _aside(number, len(kept), 0.7)
+            aside = style.aside(number, len(kept), 0.7)
             text = "" if math.isnan(share) else f"share {share:g}"
             at = [places[tuple(key)] + aside for key in keys]
-            _dots(axes, drawn[inside], at, ("value", "low", "high"), *_series(number), label=text)
+            style.dots(axes, drawn[inside], at, ("value", "low", "high"), *style.series(number), label=text)
         axes.axvline(0, color="black", lw=1)
-        _fit(axes, drawn, "low", "high")
+        style.fit(axes, drawn, "low", "high")
         axes.set_xlabel(label, fontsize=9)
-        _name_rows(axes, [""] * len(places))
+        style.name_rows(axes, [""] * len(places))
         axes.set_yticks(list(places.values()))
         axes.set_ylim(place, -0.6)
     first = axes_of[shown[0]]
@@ -620,7 +556,7 @@ def _plot_variants(ablations, names, columns, title):
     for tick in first.get_yticklabels()[len(places) :]:
         tick.set_weight("bold")
     if len(kept) > 1:
-        legend_below(figure, first, 6)
+        style.legend_below(figure, first, 6)
     figure.suptitle(title, fontsize=10.5)
     return figure
 
@@ -631,14 +567,14 @@ def plot_distillation(curves):
     `curves`: distillation_curves.csv.
     """
     if curves.empty:
-        raise NothingToDraw("no training was recorded")
+        raise style.NothingToDraw("no training was recorded")
     parts = list(curves.groupby(["ablation", "stage", "quantity"], sort=False))
-    figure, panels = panels_for(len(parts), 3, 4.3, 3.2)
+    figure, panels = style.panels_for(len(parts), 3, 4.3, 3.2)
     for ((ablation, stage, quantity), part), axes in zip(parts, panels, strict=True):
-        label = CURVES.get(quantity, plain(str(quantity).replace("_", " ")))
+        label = CURVES.get(quantity, style.words(quantity))
         for number, (variant, one) in enumerate(part.groupby("variant", sort=False)):
             line = one.set_index("tokens")["value"]
-            colour, marker = _series(number)
+            colour, marker = style.series(number)
             axes.plot(line.index / 1e6, line, color=colour, marker=marker, ms=3.5, lw=1.4, label=_variant(variant))
         if (part["value"] > 0).all() and part["value"].max() > 5 * part["value"].min():
             axes.set_yscale("log")
@@ -649,7 +585,8 @@ def plot_distillation(curves):
         axes.set_xlabel("training tokens (millions)")
         axes.set_ylabel(label, fontsize=8.5)
         axes.set_title(
-            f"{ABLATIONS.get(ablation, plain(str(ablation)))}, stage {plain(str(stage)).upper()}", fontsize=10
+            f"{ABLATIONS.get(ablation, style.plain(str(ablation)))}, stage {style.plain(str(stage)).upper()}",
+            fontsize=10,
         )
         axes.legend(fontsize=8)
     figure.suptitle("How the sidecars learn (lower is better)", fontsize=10.5)

@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 BLACK, GREY = "#000000", "#7F7F7F"
 BLUE, ORANGE, GREEN, PINK, LIGHT_BLUE, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
@@ -65,7 +67,8 @@ GATES = {
     "hindsight": ("hindsight (has seen the answers)", BOUND),
 }
 # Gates whose rows are one way to choose tokens at a share: the others have figures of their own.
-LADDER_GROUPS = (CHANCE, REARRANGED, SIGNAL, LATER, ROUTING, TRAINED, BOUND)
+CONTROL_GROUPS = (CHANCE, REARRANGED, SIGNAL, LATER)
+LADDER_GROUPS = (*CONTROL_GROUPS, ROUTING, TRAINED, BOUND)
 
 # Columns that stay text whatever they hold: a layer may be "3" or "all", a token may read "null", a path "6".
 TEXT_COLUMNS = (
@@ -144,7 +147,7 @@ def gate_label(name):
     recipe, of, gate = name.partition(" of ")
     if of:
         return f"{gate_label(recipe)}, counts of {plain(gate)}"
-    return GATES[name][0] if name in GATES else plain(name.replace("_", " "))
+    return GATES[name][0] if name in GATES else words(name)
 
 
 def gate_colour(name):
@@ -162,6 +165,11 @@ def plain(text, width=None):
     if width is not None and len(shown) > width:
         shown = shown[: width - 1].rstrip() + "…"
     return shown.replace("$", r"\$")
+
+
+def words(name):
+    """A name of code as words."""
+    return plain(str(name).replace("_", " "))
 
 
 def sparse_labels(values, most):
@@ -186,6 +194,46 @@ def reach(rows, centre, low, high):
     """
     ends = [rows[centre] - rows[low], rows[high] - rows[centre]]
     return np.nan_to_num(np.maximum(np.array(ends, dtype=float), 0), posinf=1e6)
+
+
+def series(number):
+    """(colour, marker) of the `number`-th share, estimate or variant."""
+    return SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+
+
+def dots(axes, rows, places, columns, colour, marker="o", filled=True, label=None):
+    """Horizontal estimates with intervals; columns: (centre, low, high)."""
+    axes.errorbar(
+        rows[columns[0]], places, xerr=reach(rows, *columns), fmt=marker, color=colour, ms=6, capsize=2.5, label=label,
+        markerfacecolor=colour if filled else "white",
+    )  # fmt: skip
+
+
+def aside(number, count, span=0.6):
+    """Where the `number`-th of `count` marks of one row stands: offsets over `span`, around 0."""
+    return span * ((number + 0.5) / count - 0.5)
+
+
+def name_rows(axes, labels, first=True):
+    """One row per label from the top; `first`: the panel that shows the labels."""
+    axes.set_yticks(range(len(labels)), labels if first else [""] * len(labels), fontsize=9)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+
+
+def mark(marker, filled, label, colour="black"):
+    """A handle of a legend."""
+    face = colour if filled else "white"
+    return Line2D([], [], marker=marker, ls="", color=colour, markerfacecolor=face, ms=6, label=label)
+
+
+def fit(axes, rows, low, high):
+    """Few ticks, and room for every finite interval and for 0."""
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    ends = np.array([0.0, *rows[low], *rows[high]])
+    ends = ends[np.isfinite(ends)]
+    room = 0.08 * max(np.ptp(ends), 1e-9)
+    axes.set_xlim(ends.min() - room, ends.max() + room)
 
 
 def panels_for(count, columns, width, height, base=(1.0, 0.6)):
