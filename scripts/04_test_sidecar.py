@@ -9,79 +9,44 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import config
+from src.base import cli
+
+TRAINING_FLAGS = (
+    "init", "d_state", "d_conv", "expand", "headdim", "sequence_tokens", "batch_sequences", "steps_a", "steps_b",
+    "steps_gate", "lr_a", "lr_b", "lr_gate", "gate_share", "train_sequences", "validation_sequences",
+    "one_layer_at_a_time", "bf16", "stage_a_layers",
+)  # fmt: skip
+FLAGS = (
+    *cli.MODEL_FLAGS, *cli.RUN_FLAGS, "layers", "sidecar_dir", "retrain", "checks_only", "dataset",
+    "recovery_documents", "window_tokens", *TRAINING_FLAGS,
+)  # fmt: skip
+
+
+def parse(argv: list[str] | None = None):
+    """The command line."""
+    arguments = cli.parse(__doc__, config, FLAGS, argv)
+    if arguments.checks_only:
+        cli.refuse(arguments, ["retrain"], "--checks-only distils nothing")
+    return arguments
+
+
+if __name__ == "__main__":
+    ARGUMENTS = cli.run_main(parse)  # before torch is loaded, so that wrong values are answered at once
+
 from src.base import results, text_data
 from src.hybrid import distill
 from src.hybrid.checkpoints import available_layers, base_fingerprint, check_base
 from src.hybrid.checks import format_table, run_checks
 from src.hybrid.sidecar import SidecarSettings, mamba_kernels
+from src.hybrid.sidecar_sets import shipped_folder
 from src.models.families import context_length, decoder_layers, memory_estimate, parameter_counts, resolve_layers
 from src.models.loading import load_model, model_identity
 
 # From this many parameters on, stage A trains one layer at a time (--one-layer-at-a-time auto).
 LARGE_MODEL = 1_000_000_000
-
-
-def parse(argv: list[str]):
-    quick = config.QUICK or "--quick" in argv
-    steps = {"a": config.DISTILL_STEPS_A, "b": config.DISTILL_STEPS_B}
-    if quick:
-        steps = {stage: min(count, config.QUICK_DISTILL_STEPS) for stage, count in steps.items()}
-    parser = results.ArgumentParser(__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--model", default=config.MODEL_NAME, help="blockffn-tiny, a folder or a hub name")
-    add("--device", default=config.DEVICE, help="auto, cpu, cuda, cuda:1")
-    add("--dtype", default=config.DTYPE, help="auto, float32, float16, bfloat16")
-    add("--layers", default=config.TARGET_LAYERS, help="layers of stage B, the learned gate and the checks: 4,5,6 ...")
-    add("--stage-a-layers", default="all", help="layers that get a stage A sidecar: all, middle, ..., or 4,5,6")
-    add("--sidecar-dir", type=Path, help="sidecars to load or to make; default: the run's own, else the shipped ones")
-    add("--retrain", action="store_true", help="distil anew (resumes an interrupted run with the same settings)")
-    add("--checks-only", action="store_true", help="neither load nor distil sidecars: check untrained ones")
-    add("--d-state", type=int, default=config.MAMBA_D_STATE, help="state width per head")
-    add("--d-conv", type=int, default=config.MAMBA_D_CONV, help="tokens that the convolution sees")
-    add("--expand", type=int, default=config.MAMBA_EXPAND, help="inner width / model width")
-    add("--headdim", type=int, default=config.MAMBA_HEADDIM, help="width of a head")
-    add("--init", default=config.MAMBA_INIT, help="random, or attention (from the layer's own projections)")
-    add("--seq-len", type=int, default=128 if quick else config.DISTILL_SEQ_LEN, help="tokens per training sequence")
-    add("--batch-size", type=int, default=config.DISTILL_BATCH_SIZE, help="sequences per step")
-    add("--steps-a", type=int, default=steps["a"], help="optimiser steps per layer; 0 keeps the stage A that is there")
-    add("--steps-b", type=int, default=steps["b"], help="optimiser steps, end to end; 0 leaves stage B out")
-    add("--steps-gate", type=int, default=steps["b"] // 2, help="optimiser steps of the learned gate; 0 leaves it out")
-    add("--lr-a", type=float, default=config.DISTILL_LR_A, help="peak learning rate of stage A")
-    add("--lr-b", type=float, default=config.DISTILL_LR_B, help="peak learning rate of stage B")
-    add("--lr-gate", type=float, default=5e-3, help="peak learning rate of the learned gate")
-    add("--gate-share", type=float, default=0.5, help="mean Mamba share that the learned gate is trained for")
-    add("--train-windows", type=int, default=64 if quick else config.DISTILL_TRAIN_WINDOWS, help="training sequences")
-    add("--validation-windows", type=int, default=4 if quick else config.DISTILL_VALIDATION_WINDOWS)
-    add("--one-layer-at-a-time", choices=("auto", "yes", "no"), default="auto", help="stage A with little memory")
-    add(
-        "--bf16",
-        choices=("auto", "yes", "no"),
-        default="auto",
-        help="run the frozen float32 model in bfloat16 to train",
-    )
-    add("--dataset", default=config.EVAL_DATASET, help="text to train on: mixed, docs, ..., wikitext, or a file")
-    add("--recovery-documents", type=int, default=4 if quick else 16, help="calibration documents behind the recovery")
-    add("--max-seq-len", type=int, default=config.MAX_SEQ_LEN, help="tokens of a scoring window")
-    add("--cache-dir", type=Path, default=config.MODEL_CACHE_DIR, help="where downloads are kept")
-    add("--output-dir", type=Path, default=config.OUTPUT_DIR, help="root of the results")
-    add("--seed", type=int, default=config.SEED)
-    add("--quick", action="store_true", default=quick, help="few steps, results in a folder of their own")
-    arguments = parser.parse_args(argv)
-    for name in ("steps_a", "steps_b", "steps_gate"):
-        if getattr(arguments, name) < 0:
-            raise results.UserError(
-                f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must not be negative"
-            )
-    for name in ("train_windows", "validation_windows", "recovery_documents", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise results.UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
-    if not 0.0 < arguments.gate_share < 1.0:
-        raise results.UserError(f"--gate-share is {arguments.gate_share}; it must lie inside (0, 1)")
-    return arguments
 
 
 def use_bf16(choice: str, model) -> bool:
@@ -91,8 +56,7 @@ def use_bf16(choice: str, model) -> bool:
 
 def choose_folder(arguments, run_folder: Path) -> tuple[Path, bool]:
     """(folder of the sidecars, whether to distil them): those there are loaded unless --retrain."""
-    own = arguments.sidecar_dir or run_folder / "sidecars"
-    shipped = Path(config.__file__).parent / "assets" / f"{results.model_slug(arguments.model)}-sidecars"
+    own, shipped = arguments.sidecar_dir or run_folder / "sidecars", shipped_folder(arguments.model)
     if arguments.retrain:
         return own, True
     for folder in (own,) if arguments.sidecar_dir else (own, shipped):
@@ -107,9 +71,11 @@ def windows(arguments, tokenizer):
         split: text_data.load_documents(arguments.dataset, split, arguments.seed) for split in ("train", "calibration")
     }
     tokens = {split: text_data.tokenize(texts, tokenizer) for split, texts in documents.items()}
-    train = text_data.training_windows(tokens["train"], arguments.seq_len, arguments.train_windows, arguments.seed)
-    count = arguments.validation_windows
-    validation = text_data.training_windows(tokens["calibration"], arguments.seq_len, count, arguments.seed)
+    train = text_data.training_windows(
+        tokens["train"], arguments.sequence_tokens, arguments.train_sequences, arguments.seed
+    )
+    count = arguments.validation_sequences
+    validation = text_data.training_windows(tokens["calibration"], arguments.sequence_tokens, count, arguments.seed)
     return train, validation, {split: text_data.identity(texts) for split, texts in documents.items()}
 
 
@@ -124,7 +90,7 @@ def train(model, tokenizer, arguments, sidecars, layers, stage_a_layers, folder,
     def settings(steps, rate):
         return distill.DistillSettings(
             steps=steps,
-            batch_size=arguments.batch_size,
+            batch_size=arguments.batch_sequences,
             learning_rate=rate,
             warmup=config.DISTILL_WARMUP,
             weight_decay=config.DISTILL_WEIGHT_DECAY,
@@ -146,8 +112,8 @@ def train(model, tokenizer, arguments, sidecars, layers, stage_a_layers, folder,
         estimate = distill.estimate_stage_a(model, stage_a_layers, sidecars, train_windows, stage, alone)
         print(
             f"stage A: {len(stage_a_layers)} layers{', one at a time' if alone else ' together'}, {stage.steps} steps "
-            f"of {arguments.batch_size} x {arguments.seq_len} tokens\n"
-            f"{memory_estimate(model, arguments.batch_size * arguments.seq_len)}, training "
+            f"of {arguments.batch_sequences} x {arguments.sequence_tokens} tokens\n"
+            f"{memory_estimate(model, arguments.batch_sequences * arguments.sequence_tokens)}, training "
             f"{estimate.gigabytes:.2f} GB; time estimate {estimate.seconds / 60:.1f} min without validation",
             flush=True,
         )
@@ -169,12 +135,13 @@ def train(model, tokenizer, arguments, sidecars, layers, stage_a_layers, folder,
 
 def recovery(model, layers, documents, arguments, folder) -> list[dict]:
     """What the sidecars win back of these layers' attention, for each stage that has them all."""
-    length = min(arguments.max_seq_len, context_length(model))
+    length = min(arguments.window_tokens, context_length(model))
     rows = []
     for stage in ("a", "b"):
         if not set(layers) <= set(available_layers(folder, stage)):
             continue
-        got = distill.measure_recovery(model, layers, documents, folder, stage, length, length, config.EVAL_BATCH_SIZE)
+        batch = cli.setting(config, "EVAL_BATCH_SIZE", arguments.model, arguments.quick)
+        got = distill.measure_recovery(model, layers, documents, folder, stage, length, length, batch)
         rows.append(
             {
                 "stage": stage,
@@ -194,9 +161,9 @@ def recovery(model, layers, documents, arguments, folder) -> list[dict]:
     return rows
 
 
-def main() -> None:
+def main(arguments) -> None:
+    """Check, distil or load, and measure what the sidecars recover."""
     started = time.time()
-    arguments = parse(sys.argv[1:])
     sidecars = SidecarSettings(
         arguments.d_state, arguments.d_conv, arguments.expand, arguments.headdim, init=arguments.init
     )
@@ -206,14 +173,17 @@ def main() -> None:
         arguments.device,
         arguments.dtype,
         cache_dir=arguments.cache_dir,
-        max_memory_gb=config.MAX_MEMORY_GB,
-        use_8bit_fallback=config.USE_8BIT_FALLBACK,
+        max_memory_gb=arguments.max_memory_gb,
+        use_8bit_fallback=arguments.use_8bit_fallback,
     )
     number = len(decoder_layers(model))
     layers = resolve_layers(arguments.layers, number)
     stage_a_layers = sorted({*resolve_layers(arguments.stage_a_layers, number), *layers})
     folder, distilling = choose_folder(arguments, run_folder)
-    if not distilling and not arguments.checks_only:
+    if arguments.checks_only:
+        cli.refuse(arguments, TRAINING_FLAGS[5:], "--checks-only distils nothing")
+    elif not distilling:
+        cli.refuse(arguments, TRAINING_FLAGS, f"the sidecars in {folder} are loaded; --retrain distils them anew")
         check_base(model, folder)
     print(
         f"{arguments.model}: {number} layers, {str(model.dtype).removeprefix('torch.')} on {model.device}; "
@@ -223,7 +193,7 @@ def main() -> None:
     calibration = text_data.load_documents(
         arguments.dataset, "calibration", arguments.seed, arguments.recovery_documents
     )
-    documents = text_data.tokenize(calibration, tokenizer, arguments.max_seq_len)
+    documents = text_data.tokenize(calibration, tokenizer, arguments.window_tokens)
     load = not distilling and not arguments.checks_only and set(layers) <= set(available_layers(folder, "a"))
     source = {"sidecar_dir": folder} if load else {}
     kind = f"stage A sidecars of {folder}" if load else "untrained sidecars"
@@ -238,7 +208,7 @@ def main() -> None:
     recovered = [] if arguments.checks_only else recovery(model, layers, documents, arguments, folder)
 
     meta = results.run_meta(
-        vars(arguments),
+        cli.recorded(arguments),
         model_identity(model, arguments.model, arguments.cache_dir) | {"fingerprint": base_fingerprint(model)},
         data,
         {"sidecars": arguments.seed, "text": arguments.seed},
@@ -252,15 +222,14 @@ def main() -> None:
         written.append(results.write_csv(run_folder / "distillation.csv", rows, meta))
         written.append(folder)
         shutil.rmtree(run_folder / "distillation-checkpoints", ignore_errors=True)
-    print("\nwritten:\n  " + "\n  ".join(map(str, written)))
     if not rows and not arguments.checks_only:
         print(f"sidecars: {folder} (already distilled; --retrain makes them anew)")
     failed = [f"{check['check']} ({check['gate']})" for check in checks if check["passed"] is False]
     if failed:
         print(f"FAILED: {'; '.join(failed)}", file=sys.stderr)
         raise SystemExit(1)
-    print(f"next: python scripts/05_sweep_alpha.py --model {arguments.model}")
+    cli.say_written(written, "scripts/05_sweep_alpha.py")
 
 
 if __name__ == "__main__":
-    results.run_main(main)
+    cli.run_main(lambda: main(ARGUMENTS))

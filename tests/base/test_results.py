@@ -1,4 +1,4 @@
-"""results.py, errors, and config.py: reproducible bytes, atomic writes, provenance, resume, user errors, agreeing paths."""
+"""results.py, errors and config.py: reproducible bytes, atomic writes, provenance, user errors, agreeing paths."""
 
 import json
 import math
