@@ -308,7 +308,8 @@ def plot_correlations(correlations):
         text = np.char.add([[f"{value:+.2f}" for value in row] for row in heat.to_numpy()], stars)
         sns.heatmap(
             heat, ax=right, cmap=style.SIGNED_MAP, vmin=-reach, vmax=reach, fmt="",
-            annot=text if heat.shape[1] <= 12 else stars, annot_kws={"fontsize": 8}, cbar_kws={"label": "partial rho"}, yticklabels=False,
+            annot=text if heat.shape[1] <= 12 else stars, annot_kws={"fontsize": 8},
+            cbar_kws={"label": "partial rho"}, yticklabels=False,
             xticklabels=style.sparse_labels(list(heat.columns), 24),
         )  # fmt: skip
         right.tick_params(axis="x", rotation=0)
