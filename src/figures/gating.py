@@ -77,22 +77,6 @@ def _ranked(rows):
     return rows.sort_values("name", key=lambda names: names.map(LADDER.index), kind="stable")
 
 
-def _looks(names):
-    """name -> (colour of its group, marker, line); gates of one group differ in their lines and markers."""
-    looks, seen = {}, {}
-    for number, name in enumerate(names):
-        colour = style.gate_colour(name)
-        looks[name] = (colour, style.series(number)[1], ("-", "--", "-.", ":")[seen.get(colour, 0) % 4])
-        seen[colour] = seen.get(colour, 0) + 1
-    return looks
-
-
-def _tell_apart(figure, groups, more=()):
-    """Legend below the figure: colours of the groups, then `more` handles."""
-    handles = [Patch(color=style.COLOURS[group], label=group) for group in style.LADDER_GROUPS if group in set(groups)]
-    style.legend_below(figure, [*handles, *more], 4)
-
-
 # -- gates at equal share
 def plot_ladder(gated):
     """What each way of choosing the Mamba tokens costs, a panel for each share; dashed: the random control.
@@ -128,7 +112,7 @@ def plot_ladder(gated):
     more = [style.mark("o", True, "deployable gate"), style.mark("D", False, "offline mask, equal counts")]
     more.append(Line2D([], [], color=style.GREY, ls="--", label="random control"))
     more.append(Line2D([], [], color="black", marker="$*$", ls="", label="differs from random (Holm)"))
-    _tell_apart(figure, [style.GATES[name][1] for name in names], more)
+    style.legend_of_groups(figure, [style.GATES[name][1] for name in names], more)
     figure.suptitle("What it costs to choose the Mamba tokens in this way (left is better; bars: 95 %)", fontsize=10.5)
     return figure
 
@@ -160,7 +144,7 @@ def plot_controls(pairs, answer=None, share=0.5):
     style.fit(axes, ends, "value", "value")
     style.name_rows(axes, [style.gate_label(recipe) for recipe in rows["recipe"]])
     axes.set_xlabel("NLL of the gate minus NLL of the control (nats per token; left of 0: the gate is better)")
-    _tell_apart(figure, [style.GATES[recipe][1] for recipe in rows["recipe"]], more)
+    style.legend_of_groups(figure, [style.GATES[recipe][1] for recipe in rows["recipe"]], more)
     outcome = f"verdict: {answer['outcome'].upper()}" if answer.get("outcome") else "no verdict yet"
     axes.set_title(
         f"{style.plain(rows['mode'].iloc[0])} against each control, {100 * share:g} % of tokens on Mamba\n{outcome}",
@@ -209,7 +193,7 @@ def plot_layer_sets(layer_sets, share=0.5):
         raise style.NothingToDraw(f"no layer set was run at share {share:g}")
     names, gates = list(dict.fromkeys(rows["layers"])), sorted(set(rows["name"]), key=LADDER.index)
     figure, (left, right) = style.new_figure(11.5, 2.1 + 0.2 * len(names) * (len(gates) + 0.6), 1, 2)
-    for number, (gate, (*look, _)) in enumerate(_looks(gates).items()):
+    for number, (gate, (*look, _)) in enumerate(style.looks(gates).items()):
         part = rows[rows["name"] == gate]
         places = np.array([names.index(name) for name in part["layers"]]) + style.aside(number, len(gates), 0.7)
         filled = not part["uses_document"].iloc[0]
@@ -463,7 +447,7 @@ def plot_recall(recall, share=0.5):
     figure, panels = style.panels_for(len(tasks), 2, 4.8, 3.1, (2.0, 0.9 + 0.08 * len(names)))
     for task, axes in zip(tasks, panels, strict=True):
         part = rows[rows["task"] == task]
-        for number, (name, (colour, marker, line)) in enumerate(_looks(["baseline", *names]).items()):
+        for number, (name, (colour, marker, line)) in enumerate(style.looks(["baseline", *names]).items()):
             one = part[part["name"] == name].sort_values("length")
             axes.errorbar(
                 one["length"] * 2 ** style.aside(number, len(names) + 1, 0.35), 100 * one["accuracy"],
@@ -529,12 +513,8 @@ def _plot_variants(ablations, names, columns, title):
     for name, axes in axes_of.items():
         label, factor = columns[name]
         ends = ("ci_low", "ci_high") if name == "delta_nll" else (f"{name}_ci_low", f"{name}_ci_high")
-        drawn = factor * pd.DataFrame(
-            {
-                "value": rows[name],
-                **{i: rows.get(end, rows[name]) for i, end in zip(("low", "high"), ends, strict=True)},
-            }
-        )
+        low, high = (rows.get(end, rows[name]) for end in ends)
+        drawn = factor * pd.DataFrame({"value": rows[name], "low": low, "high": high})
         for number, share in enumerate(kept):
             inside = shares.isna() if math.isnan(share) else shares == share
             keys = rows.loc[inside, ["ablation", "variant"]].itertuples(index=False)
@@ -585,10 +565,7 @@ def plot_distillation(curves):
             label += ", log"
         axes.set_xlabel("training tokens (millions)")
         axes.set_ylabel(label, fontsize=8.5)
-        axes.set_title(
-            f"{ABLATIONS.get(ablation, style.plain(str(ablation)))}, stage {style.plain(str(stage)).upper()}",
-            fontsize=10,
-        )
+        axes.set_title(f"{ABLATIONS[ablation]}, stage {style.plain(stage).upper()}", fontsize=10)
         axes.legend(fontsize=8)
     figure.suptitle("How the sidecars learn (lower is better)", fontsize=10.5)
     return figure

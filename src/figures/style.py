@@ -14,6 +14,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 BLACK, GREY = "#000000", "#7F7F7F"
@@ -53,7 +54,6 @@ GATES = {
     "recall_error": ("recall error of the sidecar", LATER),
     "routing hard": ("routing, hard", ROUTING),
     "routing hard lookahead": ("routing, hard, look-ahead", ROUTING),
-    "routing hard shared": ("routing, hard, one threshold for all layers", ROUTING),
     "routing hard threshold": ("routing, uncalibrated threshold", UNCALIBRATED),
     "routing soft": ("routing, soft", SOFT),
     "ffn_sparsity hard": ("FFN sparsity, hard", ROUTING),
@@ -156,6 +156,16 @@ def gate_colour(name):
     return COLOURS[GATES[known][1]] if known in GATES else GREY
 
 
+def looks(names):
+    """Name of a gate -> (colour, marker, line); gates of one colour differ in their lines and markers."""
+    found, seen = {}, {}
+    for number, name in enumerate(names):
+        colour = gate_colour(name)
+        found[name] = (colour, series(number)[1], ("-", "--", "-.", ":")[seen.get(colour, 0) % 4])
+        seen[colour] = seen.get(colour, 0) + 1
+    return found
+
+
 # -- text
 def plain(text, width=None):
     """Text safe to print in a figure: `$` escaped, line breaks and control characters visible, cut to `width`."""
@@ -252,3 +262,9 @@ def legend_below(figure, handles, columns=6):
     if hasattr(handles, "get_legend_handles_labels"):
         handles = handles.get_legend_handles_labels()[0]
     figure.legend(handles=handles, fontsize=8.5, ncols=columns, frameon=False, loc="outside lower center")
+
+
+def legend_of_groups(figure, groups, more=()):
+    """Legend below the figure: colours of the groups of gates, then `more` handles."""
+    handles = [Patch(color=COLOURS[group], label=group) for group in LADDER_GROUPS if group in set(groups)]
+    legend_below(figure, [*handles, *more], 4)
