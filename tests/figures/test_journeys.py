@@ -453,7 +453,7 @@ def test_missing_file_names_the_script(tmp_path, capsys):
 
 
 def test_imports_no_torch():
-    code = "import sys; import src.journey_plots; sys.exit('torch' in sys.modules)"
+    code = "import sys; import src.figures.journeys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -319,7 +319,7 @@ def test_tables(read):
 
 
 def test_imports_no_torch():
-    code = "import sys; import src.predictor_plots, src.expert_cache; sys.exit('torch' in sys.modules)"
+    code = "import sys; import src.figures.predictors, src.journeys.expert_cache; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
