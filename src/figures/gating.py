@@ -105,7 +105,7 @@ def plot_ladder(gated):
         for place, (one, other) in enumerate(itertools.pairwise(names)):
             if style.GATES[one][1] != style.GATES[other][1]:
                 axes.axhline(place + 0.5, color="0.88", lw=0.8, zorder=0)
-        style.fit(axes, part, "ci_low", "ci_high")
+        style.fit(axes, part, *COST)
         style.name_rows(axes, [style.gate_label(name) for name in names], axes is figure.axes[0])
         axes.set_xlabel(style.DELTA_NLL)
         axes.set_title(f"{100 * share:g} % of tokens on Mamba", fontsize=10)
@@ -141,7 +141,7 @@ def plot_controls(pairs, answer=None, share=0.5):
         axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
     axes.axvline(0, color="black", lw=1)
     ends = rows.assign(low=-margin, high=margin).melt(value_vars=["ci_low", "ci_high", "low", "high"])
-    style.fit(axes, ends, "value", "value")
+    style.fit(axes, ends, "value")
     style.name_rows(axes, [style.gate_label(recipe) for recipe in rows["recipe"]])
     axes.set_xlabel("NLL of the gate minus NLL of the control (nats per token; left of 0: the gate is better)")
     style.legend_of_groups(figure, [style.GATES[recipe][1] for recipe in rows["recipe"]], more)
@@ -169,7 +169,7 @@ def plot_domains(domains):
         right.axvline(share, color=colour, ls="--", lw=1.2)
         right.scatter(part["share_realised"], places, s=36, zorder=3, color=colour, marker=marker)
     left.axvline(0, color="black", lw=1)
-    style.fit(left, rows, "vs_random_ci_low", "vs_random_ci_high")
+    style.fit(left, rows, *VERSUS_RANDOM)
     right.set_xlim(0, 1)
     counts = rows.groupby("domain")["documents"].max()
     for axes in (left, right):
@@ -199,8 +199,8 @@ def plot_layer_sets(layer_sets, share=0.5):
         filled = not part["uses_document"].iloc[0]
         style.dots(left, part, places, COST, *look, filled, style.gate_label(gate))
         style.dots(right, part, places, VERSUS_RANDOM, *look, filled)
-    style.fit(left, rows, "ci_low", "ci_high")
-    style.fit(right, rows, "vs_random_ci_low", "vs_random_ci_high")
+    style.fit(left, rows, *COST)
+    style.fit(right, rows, *VERSUS_RANDOM)
     for axes in (left, right):
         axes.axvline(0, color="black", lw=1)
         style.name_rows(axes, [style.words(name) for name in names], axes is left)
@@ -419,7 +419,7 @@ def plot_probe_gap(probe_gap):
     right.axvline(0, color="black", lw=1)
     for axes in (left, right):
         style.name_rows(axes, [style.words(name) for name in names], axes is left)
-    style.fit(left, rows.assign(oracle=100.0).melt(value_vars=["ci_low", "ci_high", "oracle"]), "value", "value")
+    style.fit(left, rows.assign(oracle=100.0).melt(value_vars=["ci_low", "ci_high", "oracle"]), "value")
     left.set_xlabel("of the gap from random to oracle closed (%)")
     left.set_title("Loss (bars: 95 %)", fontsize=10)
     right.set_xlabel("rank correlation with sensitivity (rho)")

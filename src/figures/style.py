@@ -237,10 +237,10 @@ def mark(marker, filled, label, colour="black"):
     return Line2D([], [], marker=marker, ls="", color=colour, markerfacecolor=face, ms=6, label=label)
 
 
-def fit(axes, rows, low, high):
-    """Few ticks, and room for every finite interval and for 0."""
+def fit(axes, rows, *columns):
+    """Few ticks, and room for 0 and every finite value of the columns: estimates and the ends of their intervals."""
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    ends = np.array([0.0, *rows[low], *rows[high]])
+    ends = np.array([0.0, *rows[list(columns)].to_numpy(float).ravel()])
     ends = ends[np.isfinite(ends)]
     room = 0.08 * max(np.ptp(ends), 1e-9)
     axes.set_xlim(ends.min() - room, ends.max() + room)
