@@ -17,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from src import mamba_sidecar as ms
 from src.base.text_data import TokenDocument
+from src.hybrid import layer as layer_module
+from src.hybrid.cache import HybridCacheLayer
 from src.hybrid.checks import format_table, kernel_difference, run_checks
 from src.hybrid.gates import GateInputs
 from src.models.blockffn import BlockFFNForCausalLM
@@ -71,14 +73,14 @@ def test_models_without_router_and_layer_0_say_what_was_left_out(model):
 
 
 def test_checks_notice_a_gate_that_looks_ahead(model, monkeypatch):
-    real = ms.mamba_share
+    real = layer_module.mamba_share
 
     def peeking(gate, layer, inputs: GateInputs):
         if inputs.scores is not None:
             inputs = GateInputs(inputs.scores.roll(-1, dims=1), inputs.document_keys, inputs.positions, inputs.masks)
         return real(gate, layer, inputs)
 
-    monkeypatch.setattr(ms, "mamba_share", peeking)
+    monkeypatch.setattr(layer_module, "mamba_share", peeking)
     assert "no gate looks ahead" in failures(run(model))
 
 
@@ -89,7 +91,7 @@ def test_checks_notice_a_sidecar_that_hears_padding(model, monkeypatch):
 
 
 def test_checks_notice_lost_positions_and_states(model, monkeypatch):
-    monkeypatch.setattr(ms.HybridCacheLayer, "get_seq_length", ms.HybridCacheLayer.attention_tokens)
+    monkeypatch.setattr(HybridCacheLayer, "get_seq_length", HybridCacheLayer.attention_tokens)
     with pytest.raises(ValueError, match="has seen"):  # refused before it could go wrong
         run(model)
     monkeypatch.undo()
@@ -141,9 +143,20 @@ def place(tmp_path_factory):
     words = np.random.default_rng(0).choice("red green blue apple pear plum cat dog runs sleeps eats".split(), (40, 60))
     text = folder / "text.jsonl"
     text.write_text("\n".join(json.dumps({"id": str(i), "text": " ".join(row)}) for i, row in enumerate(words)))
-    common = ["--model", folder / "model", "--dataset", text, "--output-dir", folder / "out", "--max-seq-len", 128]
-    common += ["--headdim", 16, "--d-state", 8, "--seq-len", 64, "--batch-size", 2, "--train-windows", 8]
-    common += ["--validation-windows", 2, "--recovery-documents", 4, "--steps-a", 6, "--steps-b", 4, "--steps-gate", 3]
+    common = ["--model", folder / "model", "--dataset", text, "--output-dir", folder / "out", "--window-tokens", 128]
+    common += ["--headdim", 16, "--d-state", 8, "--sequence-tokens", 64, "--batch-sequences", 2, "--train-sequences", 8]
+    common += [
+        "--validation-sequences",
+        2,
+        "--recovery-documents",
+        4,
+        "--steps-a",
+        6,
+        "--steps-b",
+        4,
+        "--steps-gate",
+        3,
+    ]
     first = script(*common)
     assert first.returncode == 0, first.stdout + first.stderr
     return folder, common, first
