@@ -1,17 +1,12 @@
 """Every figure and table of the hybrid study, drawn from saved results (paths, DataFrames, dicts); no torch.
 
-Each `plot_*` function takes what `read_result` returned, draws one matplotlib Figure and returns it; nothing is shown
-or written here except by `save_figure`. Colours are Okabe and Ito's colour-blind safe set (Okabe & Ito 2008, "Color
-Universal Design") for categories and cividis for sparsity. Text from prompts goes through `plain`, because matplotlib
-would read a pair of `$` as mathematics.
+Each `plot_*` function takes what `style.read_result` returned, draws one matplotlib Figure and returns it. Text from
+prompts goes through `plain`, because matplotlib would read a pair of `$` as mathematics.
 """
 
-import html
-import json
 import math
 import textwrap
 import unicodedata
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -23,96 +18,29 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-# Okabe-Ito: one colour per kind of gate, the same in every figure.
-COLOURS = {
-    "baseline": "#000000",
-    "fixed": "#E69F00",
-    "control_random": "#7F7F7F",
-    "routing_hard": "#0072B2",
-    "routing_soft": "#56B4E9",
-    "routing_threshold": "#CC79A7",
-    "learned": "#009E73",
-    "ffn_sparsity_hard": "#0072B2",
-    "ffn_sparsity_soft": "#56B4E9",
-    "untrained": "#D55E00",
-}
-MARKERS = {
-    "baseline": "_",
-    "fixed": "s",
-    "control_random": "X",
-    "routing_hard": "o",
-    "routing_soft": "D",
-    "routing_threshold": "P",
-    "learned": "^",
-    "ffn_sparsity_hard": "o",
-    "ffn_sparsity_soft": "D",
-}
-LABELS = {
-    "baseline": "baseline (attention only)",
-    "fixed": "fixed alpha",
-    "control_random": "random control (hard)",
-    "routing_hard": "routing, hard",
-    "routing_soft": "routing, soft",
-    "routing_threshold": "routing, uncalibrated threshold",
-    "learned": "learned gate",
-    "ffn_sparsity_hard": "FFN sparsity, hard",
-    "ffn_sparsity_soft": "FFN sparsity, soft",
-}
-SPARSITY_MAP = "cividis"
-DELTA_NLL = "Δ NLL against baseline (nats per token)"
-SHARE = "mamba share (fraction of the mix, or of the tokens)"
+from src.figures.style import (
+    BLACK,
+    BLUE,
+    DELTA_NLL,
+    LIGHT_BLUE,
+    MARKERS,
+    ORANGE,
+    SPARSITY_MAP,
+    VERMILION,
+    gate_colour,
+    gate_label,
+    name_gates,
+    new_figure,
+    plain,
+    reach,
+    sparse_labels,
+)
 
-
-# -- files
-def read_result(path, script):
-    """Read one result file; where it is missing, print which script writes it and return None.
-
-    path: .csv -> DataFrame (`alpha`, `layer`, `mode` stay text), .json -> dict or list. script: "05_sweep_alpha.py".
-    Raises ValueError for another suffix.
-    """
-    path = Path(path)
-    if path.suffix not in (".csv", ".json"):
-        raise ValueError(f"{path.name}: results are .csv or .json")
-    if not path.is_file():
-        print(f"{path.name} is not there yet. Run: python scripts/{script}")
-        return None
-    if path.suffix == ".json":
-        return json.loads(path.read_text(encoding="utf-8"))
-    return pd.read_csv(path, dtype={"alpha": str, "layer": str, "mode": str})
-
-
-def save_figure(figure, path, dpi=150):
-    """Write `figure` as PNG with the same bytes for the same data (no date, no software version inside)."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi, metadata={"Software": None})
-    return path
-
-
-# -- text
-def plain(text, width=None):
-    """Text safe to print in a figure: `$` escaped, line breaks and control characters visible, cut to `width`."""
-    shown = "".join(
-        {"\n": "↵", "\t": "⇥", "\r": "⇤"}.get(c, c if unicodedata.category(c)[0] != "C" else "�") for c in str(text)
-    )
-    if width is not None and len(shown) > width:
-        shown = shown[: width - 1].rstrip() + "…"
-    return shown.replace("$", r"\$")
-
-
-def new_figure(width, height, rows=1, columns=1, **gridspec):
-    """Figure and axes outside pyplot's registry: nothing to close, nothing shown by itself."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    with sns.axes_style("whitegrid"):
-        axes = figure.subplots(rows, columns, gridspec_kw=gridspec or None)
-    return figure, axes
-
-
-def _text_colour(rgba):
-    """Black or white, whichever contrasts more with a background (WCAG relative luminance)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgba[:3]]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "black" if luminance > 0.179 else "white"
+# The gates whose quality and cost are compared at a glance; the others have figures of their own (gating.py).
+OVERVIEW = (
+    "baseline", "fixed", "random", "routing hard", "ffn_sparsity hard", "routing soft", "ffn_sparsity soft",
+    "routing hard threshold", "learned",
+)  # fmt: skip
 
 
 # -- sparsity
@@ -127,25 +55,9 @@ def _layers(routing):
     return sorted(int(layer) for layer in routing["prompts"][0]["per_layer_sparsity"])
 
 
-def plot_overall_sparsity(routing):
-    """Bar per prompt: its mean sparsity over all layers and tokens. `routing`: routing_signals.json as a dict."""
-    prompts = routing["prompts"]
-    values = [prompt["overall_sparsity"] for prompt in prompts]
-    figure, axes = new_figure(8, 1.2 + 0.38 * len(prompts))
-    axes.barh(range(len(prompts)), values, color=COLOURS["routing_hard"], height=0.7)
-    for row, value in enumerate(values):
-        axes.text(value + 0.01, row, f"{value:.3f}", va="center", fontsize=9)
-    axes.set_yticks(range(len(prompts)), [plain(prompt["prompt"], 48) for prompt in prompts], fontsize=9)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.08)
-    axes.set_xlabel("sparsity (fraction of a token's experts that are exactly zero)")
-    axes.set_title(f"Overall sparsity per prompt, {plain(routing['model'])}")
-    axes.grid(axis="y", visible=False)
-    return figure
-
-
 def plot_sparsity_heatmap(routing):
-    """Heat map prompts x layers of mean sparsity, and below it the mean per layer with the range over prompts."""
+    """Heat map prompts x layers of mean sparsity (in brackets: over all layers), and below it the mean over prompts
+    with their range. `routing`: routing_signals.json as a dict."""
     prompts, layers = routing["prompts"], _layers(routing)
     values = np.stack([_per_layer(prompt) for prompt in prompts])  # [prompts, L]
     height = 0.4 * len(prompts)
@@ -161,26 +73,20 @@ def plot_sparsity_heatmap(routing):
         annot_kws={"fontsize": 8},
         cbar_kws={"label": "sparsity"},
         xticklabels=sparse_labels(layers, 32),
-        yticklabels=[plain(prompt["prompt"], 36) for prompt in prompts],
+        yticklabels=[f"{plain(prompt['prompt'], 36)} ({prompt['overall_sparsity']:.2f})" for prompt in prompts],
     )
     top.tick_params(axis="x", rotation=0)
     top.tick_params(axis="y", rotation=0, labelsize=9)
     top.set_xlabel("layer")
     top.set_title(f"Mean sparsity per prompt and layer, {plain(routing['model'])}")
-    bottom.fill_between(layers, values.min(0), values.max(0), color=COLOURS["routing_soft"], alpha=0.35, lw=0)
-    bottom.plot(layers, values.mean(0), "o-", color=COLOURS["routing_hard"], ms=4)
+    bottom.fill_between(layers, values.min(0), values.max(0), color=LIGHT_BLUE, alpha=0.35, lw=0)
+    bottom.plot(layers, values.mean(0), "o-", color=BLUE, ms=4)
     bottom.set_xlabel("layer")
     bottom.set_ylabel("sparsity")
     bottom.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
     bottom.set_title("Mean over prompts (line), smallest to largest prompt (band)", fontsize=10)
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
-
-
-def sparse_labels(values, most):
-    """Tick labels with at most about `most` of them printed, the others empty."""
-    step = max(1, math.ceil(len(values) / most))
-    return [str(value) if index % step == 0 else "" for index, value in enumerate(values)]
 
 
 def _token_sparsity(prompt, layer):
@@ -193,43 +99,21 @@ def _token_sparsity(prompt, layer):
     return values[layer]
 
 
-def _token_colours(values, low, high):
-    scaled = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
-    return matplotlib.colormaps[SPARSITY_MAP](scaled)
-
-
-def token_html(prompt, layer=None):
-    """One prompt (an entry of `prompts[]`) as an HTML string, each token's background coloured by its sparsity.
-
-    layer: index, or None for the mean over layers. The scale runs from the prompt's least to its most sparse token;
-    hovering a token shows its value.
-    """
-    values = _token_sparsity(prompt, layer)
-    low, high = float(values.min()), float(values.max())
-    parts = []
-    for token, value, rgba in zip(prompt["tokens"], values, _token_colours(values, low, high), strict=True):
-        red, green, blue = (round(255 * c) for c in rgba[:3])
-        shown = html.escape(token.replace("\n", "↵")) + ("<br>" if "\n" in token else "")
-        parts.append(
-            f'<span title="sparsity {value:.3f}" style="background:rgb({red},{green},{blue});'
-            f'color:{_text_colour(rgba)};padding:1px 0;white-space:pre-wrap">{shown}</span>'
-        )
-    where = "mean over layers" if layer is None else f"layer {layer}"
-    # The note is data-free text; tokens are escaped above, and "$" is spelt as an entity so that no renderer takes it
-    # for mathematics (Jupyter runs MathJax over HTML output).
-    body = "".join(parts).replace("$", "&#36;<wbr>")
-    return (
-        f'<div class="tex2jax_ignore" style="font-family:monospace;line-height:1.7">{body}'
-        f'<div style="font-size:85%;margin-top:4px">sparsity, {where}: dark {low:.2f} (many experts) '
-        f"to bright {high:.2f} (few experts)</div></div>"
-    )
+def _text_colour(rgba):
+    """Black or white, whichever contrasts more with a background (WCAG relative luminance)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgba[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "black" if luminance > 0.179 else "white"
 
 
 def plot_token_text(prompt, layer=None, line_characters=76):
-    """The same as `token_html`, as a Figure: monospaced tokens on a background coloured by sparsity, wrapped."""
+    """One prompt (an entry of `prompts[]`) as wrapped monospaced text, each token's background coloured by sparsity.
+
+    layer: index, or None for the mean over layers. The scale runs from the prompt's least to its most sparse token.
+    """
     values = _token_sparsity(prompt, layer)
     low, high = float(values.min()), float(values.max())
-    colours = _token_colours(values, low, high)
+    colours = matplotlib.colormaps[SPARSITY_MAP](np.clip((values - low) / max(high - low, 1e-12), 0, 1))
     placed, row, column = [], 0, 0  # (row, column, cell width, text, colour)
     for token, colour in zip(prompt["tokens"], colours, strict=True):
         text = "".join("\ufffd" if unicodedata.category(c)[0] == "C" and c != "\n" else c for c in token)
@@ -298,9 +182,7 @@ def plot_extreme_tokens(routing, count=12):
     """Two panels of bars: the most and the least sparse tokens of the prompts, each with the text before it."""
     figure, panels = new_figure(11, 1.4 + 0.28 * count, 1, 2)
     titles = ("Most sparse (few experts)", "Least sparse (many experts)")
-    for axes, table, title, colour in zip(
-        panels, extreme_tokens(routing, count), titles, (COLOURS["fixed"], COLOURS["routing_hard"]), strict=True
-    ):
+    for axes, table, title, colour in zip(panels, extreme_tokens(routing, count), titles, (ORANGE, BLUE), strict=True):
         axes.barh(range(len(table)), table["sparsity"], color=colour, height=0.7)
         labels = [
             f"{'…' + plain(context[-18:]) if context else ''} [{plain(token, 16)}]"
@@ -323,15 +205,11 @@ def plot_text_sparsity(by_layer):
     chunks = sorted(int(column[4:]) for column in by_layer if column.startswith("cls_") and column[4:].isdigit())
     names = ["tls", *(f"cls_{chunk}" for chunk in chunks)]
     colours = sns.color_palette("cividis", len(names))
-    for name, colour, marker in zip(names, colours, "osD^vPX", strict=False):
+    for name, colour, marker in zip(names, colours, MARKERS, strict=False):
         label = "TLS (single tokens)" if name == "tls" else f"CLS$_{{{name[4:]}}}$ (windows of {name[4:]} tokens)"
-        centre = by_layer[name].to_numpy(float)
-        below = np.maximum(centre - by_layer[f"{name}_ci_low"].to_numpy(float), 0)
-        above = np.maximum(by_layer[f"{name}_ci_high"].to_numpy(float) - centre, 0)
+        bars = reach(by_layer, name, f"{name}_ci_low", f"{name}_ci_high")
         layers = by_layer["layer"].astype(int)
-        axes.errorbar(
-            layers, centre, yerr=[below, above], color=colour, marker=marker, ms=4.5, capsize=2.5, label=label
-        )
+        axes.errorbar(layers, by_layer[name], yerr=bars, color=colour, marker=marker, ms=4.5, capsize=2.5, label=label)
     axes.set_ylim(0, 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
@@ -375,11 +253,9 @@ def alpha_rows(sweep):
 
 
 def _interval(axes, x, rows, colour, marker, label, line="-"):
-    """Line with 95 % intervals; an interval is clipped at its estimate, so that rounding never gives a negative bar."""
-    centre = rows["delta_nll"].to_numpy(float)
-    below = np.maximum(centre - rows["ci_low"].to_numpy(float), 0)
-    above = np.maximum(rows["ci_high"].to_numpy(float) - centre, 0)
-    axes.errorbar(x, centre, yerr=[below, above], color=colour, marker=marker, ls=line, ms=5, capsize=3, label=label)
+    """Line of delta NLL with 95 % intervals."""
+    bars = reach(rows, "delta_nll", "ci_low", "ci_high")
+    axes.errorbar(x, rows["delta_nll"], yerr=bars, color=colour, marker=marker, ls=line, ms=5, capsize=3, label=label)
 
 
 def plot_alpha_sweep(sweep, untrained=None):
@@ -387,16 +263,14 @@ def plot_alpha_sweep(sweep, untrained=None):
     control where given. `sweep`, `untrained`: alpha_sweep_results.csv and alpha_sweep_untrained.csv as DataFrames."""
     baseline, rows = alpha_rows(sweep)
     figure, (left, right) = new_figure(11, 4.2, 1, 2)
-    series = [("distilled sidecars", rows, COLOURS["routing_hard"], "o", "-")]
+    series = [("distilled sidecars", rows, BLUE, "o", "-")]
     if untrained is not None:
-        series.append(("untrained sidecars (control)", alpha_rows(untrained)[1], COLOURS["untrained"], "X", "--"))
+        series.append(("untrained sidecars (control)", alpha_rows(untrained)[1], VERMILION, "X", "--"))
     for label, data, colour, marker, line in series:
         _interval(left, data["alpha"], data, colour, marker, label, line)
         right.plot(data["alpha"], data["perplexity"], color=colour, marker=marker, ls=line, ms=5, label=label)
-    left.axhline(0, color=COLOURS["baseline"], lw=1)
-    right.axhline(
-        float(baseline["perplexity"]), color=COLOURS["baseline"], lw=1, label=f"baseline {baseline['perplexity']:.2f}"
-    )
+    left.axhline(0, color=BLACK, lw=1)
+    right.axhline(float(baseline["perplexity"]), color=BLACK, lw=1, label=f"baseline {baseline['perplexity']:.2f}")
     # The control may be orders of magnitude worse: the left panel keeps the distilled curve legible.
     highest = [float(data["ci_high"].max()) for _, data, *_ in series]
     lowest = min(0.0, float(rows["ci_low"].min()))
@@ -433,9 +307,15 @@ def plot_alpha_domains(domains):
         label = f"{plain(domain)} ({plain(data['interval'].iloc[0])})" if within else plain(domain)
         offset = (index - 1.5) * 0.006
         _interval(
-            axes, rows["alpha"] + offset, rows, palette[index], "osD^vPX"[index % 7], label, ":" if within else "-"
+            axes,
+            rows["alpha"] + offset,
+            rows,
+            palette[index],
+            MARKERS[index % len(MARKERS)],
+            label,
+            ":" if within else "-",
         )
-    axes.axhline(0, color=COLOURS["baseline"], lw=1)
+    axes.axhline(0, color=BLACK, lw=1)
     axes.set_xlabel("alpha (0 = attention only, 1 = Mamba only)")
     axes.set_ylabel(DELTA_NLL)
     axes.set_title("Cost of the Mamba path per domain (bars: 95 %)", fontsize=10)
@@ -450,29 +330,26 @@ def plot_layer_replacement(replacement):
     combined = replacement[replacement["layer"].astype(str).str.startswith("combined")]
     rows = pd.concat([single, combined])
     centre = rows["delta_nll"].to_numpy(float)
-    errors = [
-        np.maximum(centre - rows["ci_low"].to_numpy(float), 0),
-        np.maximum(rows["ci_high"].to_numpy(float) - centre, 0),
-    ]
+    errors = reach(rows, "delta_nll", "ci_low", "ci_high")
     labels = [
         f"layer {layer}" if not layer.startswith("combined") else _combined_label(layer)
         for layer in rows["layer"].astype(str)
     ]
-    colours = [COLOURS["routing_hard"]] * len(single) + [COLOURS["fixed"]] * len(combined)
+    colours = [BLUE] * len(single) + [ORANGE] * len(combined)
     # one text line per row, more for combinations that wrap
     heights = [label.count("\n") + 1 for label in labels]
     positions = np.cumsum(heights) - np.array(heights) / 2 + (np.arange(len(labels)) >= len(single)) * 0.6
     figure, axes = new_figure(8.5, 1.6 + 0.27 * (sum(heights) + 0.6))
     axes.barh(positions, centre, color=colours, height=0.7)
     axes.errorbar(centre, positions, xerr=errors, fmt="none", ecolor="black", capsize=2.5, lw=1)
-    reach = max(float(np.max(rows["ci_high"])), 1e-9)
+    furthest = max(float(np.max(rows["ci_high"])), 1e-9)
     for position, high, percent in zip(positions, rows["ci_high"], rows["pct_change"], strict=True):
-        axes.text(max(high, 0) + 0.015 * reach, position, f"{percent:+.1f} % ppl", va="center", fontsize=8)
+        axes.text(max(high, 0) + 0.015 * furthest, position, f"{percent:+.1f} % ppl", va="center", fontsize=8)
     axes.set_yticks(positions, labels, fontsize=8.5)
     axes.invert_yaxis()
     axes.axvline(0, color="black", lw=1)
     low = min(0.0, float(rows["ci_low"].min()))
-    axes.set_xlim(low * 1.1, reach * 1.2)
+    axes.set_xlim(low * 1.1, furthest * 1.2)
     axes.set_xlabel(DELTA_NLL)
     axes.set_title(
         "Attention replaced by its Mamba sidecar (alpha 1): each layer alone, then the safest together", fontsize=10
@@ -487,45 +364,35 @@ def _combined_label(name):
     return textwrap.fill(f"{len(layers)} safest: {', '.join(layers)}", 34)
 
 
-# -- gate modes
-def gate_kind(mode):
-    """Kind of a `mode` of gated_hybrid_results.csv: a key of COLOURS. Raises ValueError for a mode of no known kind."""
-    for kind in LABELS:
-        if mode.startswith(kind):
-            return kind
-    raise ValueError(f"mode {mode!r}: no kind of gate is known by this name")
+# -- gates
+def _overview(gated):
+    """The rows of the baseline, the deployable gates and each share's random control, with `family`: of OVERVIEW.
 
-
-def _is_variant(rows):
-    """Rows that vary a gate at a share it has a row for: `..._t<temperature>`, `..._lookahead`, `..._shared`."""
-    return rows["mode"].str.contains(r"_(?:t[\d.]+|lookahead|previous|shared)$")
-
-
-def _gates(gated):
-    """The rows of the baseline, the deployable gates and each share's random control: controls of other kinds, and
-    those matched to one gate alone, have figures of their own (study_plots.py)."""
-    return gated[~gated["mode"].str.startswith("control_") | gated["mode"].str.fullmatch(r"control_random_[\d.]+")]
+    Further temperatures and signals are in the family of the gate that they vary.
+    """
+    rows = name_gates(gated)
+    rows = rows[(rows["kind"] != "control") | (rows["name"] == "random")]
+    families = [name if name in OVERVIEW else " ".join(name.split(" ")[:2]) for name in rows["name"]]
+    return rows.assign(family=families)
 
 
 def plot_gates(gated):
-    """Left: delta NLL with 95 % intervals against the realised mamba share, one series per kind of gate. Right: the
-    difference to the random control at the same share (paired, 95 %); left of zero is better than chance.
+    """Left: delta NLL with 95 % intervals against the realised mamba share, one series per gate. Right: the difference
+    to the random control at the same share (paired, 95 %); left of zero is better than chance.
 
     `gated`: gated_hybrid_results.csv."""
-    rows = _gates(gated)
-    rows = rows[rows["mode"] != "baseline"].copy()
-    rows["kind"] = [gate_kind(mode) for mode in rows["mode"]]
-    # further temperatures and signals have the share of a gate drawn already: they stand in the right panel only
-    shown = rows[~_is_variant(rows)]
-    kinds = [kind for kind in LABELS if kind in set(rows["kind"])]
+    rows = _overview(gated)
+    rows = rows[rows["name"] != "baseline"]
     against = rows[rows["vs_random"].notna()]
     figure, (left, right) = new_figure(12.5, max(4.6, 1.5 + 0.27 * len(against)), 1, 2, width_ratios=[1, 1.05])
-    offsets = np.linspace(-0.02, 0.02, max(len(kinds), 2))
-    for kind, offset in zip(kinds, offsets, strict=False):
-        data = shown[shown["kind"] == kind].sort_values("share_realised")
-        if len(data):
-            line = "-" if len(data) > 1 else ""
-            _interval(left, data["share_realised"] + offset, data, COLOURS[kind], MARKERS[kind], LABELS[kind], line)
+    # variants have the share of a gate drawn already: they stand in the right panel only
+    names = [name for name in OVERVIEW if name in set(rows["name"])]
+    markers = dict(zip(OVERVIEW, "_sXooDDP^", strict=True))
+    for name, offset in zip(names, np.linspace(-0.02, 0.02, max(len(names), 2)), strict=False):
+        data = rows[rows["name"] == name].sort_values("share_realised")
+        line = "-" if len(data) > 1 else ""
+        x = data["share_realised"] + offset
+        _interval(left, x, data, gate_colour(name), markers[name], gate_label(name), line)
     left.axhline(0, color="black", lw=1)
     left.set_xlim(0, 1.02)
     left.set_xlabel("realised mamba share (points shifted sideways to part them)")
@@ -533,14 +400,11 @@ def plot_gates(gated):
     left.set_title("Quality at equal share (lower is better; bars: 95 %)", fontsize=10)
     left.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
 
-    order = sorted(range(len(against)), key=lambda i: (against["share_realised"].iloc[i].round(2), i))
-    against = against.iloc[order]
-    for row, (_, data) in enumerate(against.iterrows()):
-        centre, low, high = data["vs_random"], data["vs_random_ci_low"], data["vs_random_ci_high"]
-        right.errorbar(
-            centre, row, xerr=[[max(centre - low, 0)], [max(high - centre, 0)]], color=COLOURS[data["kind"]],
-            marker=MARKERS[data["kind"]], ms=6, capsize=3,
-        )  # fmt: skip
+    against = against.iloc[np.argsort(against["share_realised"].round(2), kind="stable")]
+    bars = reach(against, "vs_random", "vs_random_ci_low", "vs_random_ci_high")
+    for row, (value, family) in enumerate(zip(against["vs_random"], against["family"], strict=True)):
+        bar, colour = bars[:, row : row + 1], gate_colour(family)
+        right.errorbar(value, row, xerr=bar, color=colour, marker=markers[family], ms=6, capsize=3)
     right.axvline(0, color="black", lw=1)
     right.set_yticks(range(len(against)), [plain(mode) for mode in against["mode"]], fontsize=8.5)
     right.set_ylim(len(against) - 0.4, -0.6)
@@ -555,53 +419,46 @@ def plot_cost(gated, sweep=None):
     `gated`: gated_hybrid_results.csv. `sweep` (alpha_sweep_results.csv), where given, adds the decode speed of the
     baseline and of each alpha in a fourth panel. FLOPs ideal: a hard-gated token pays only its own path; executed: what
     the code runs (both paths)."""
-    rows = _gates(gated)
-    rows = rows[~_is_variant(rows)].reset_index(drop=True)
-    kinds = [gate_kind(mode) for mode in rows["mode"]]
+    rows = _overview(gated)
+    rows = rows[rows["name"].isin(OVERVIEW)]
     panels = 4 if sweep is not None else 3
-    figure, axes = new_figure(4.0 * panels - 0.5 + 1.0, 1.4 + 0.27 * len(rows), 1, panels)
-    y = np.arange(len(rows))
-    colours = [COLOURS[kind] for kind in kinds]
+    figure, axes = new_figure(4.0 * panels + 0.5, 1.4 + 0.27 * len(rows), 1, panels)
+    y, colours = np.arange(len(rows)), [gate_colour(name) for name in rows["name"]]
     axes[0].barh(y - 0.19, rows["flops_ideal"] / 1e6, height=0.36, color=colours)
     axes[0].barh(y + 0.19, rows["flops_executed"] / 1e6, height=0.36, color="white", edgecolor=colours, hatch="////")
-    axes[0].set_xlabel("MFLOPs per token")
-    axes[0].set_title("FLOPs: ideal (solid), executed (hatched)", fontsize=10)
-    axes[0].set_yticks(y, [plain(mode) for mode in rows["mode"]], fontsize=8.5)
     axes[1].barh(y, rows["tokens_per_second"], color=colours, height=0.7)
-    axes[1].set_xlabel("tokens/s, scoring whole windows")
-    axes[1].set_title("Speed (no prefill saving: both paths run)", fontsize=10)
     axes[2].barh(y, rows["memory_gb"], color=colours, height=0.7)
-    axes[2].set_xlabel("peak memory (GB)")
-    axes[2].set_title("Memory", fontsize=10)
     for axis in axes[:3]:
-        axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.grid(axis="y", visible=False)
-    for axis in axes[1:3]:
         axis.set_yticks([])
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+    axes[0].set_yticks(y, [plain(mode) for mode in rows["mode"]], fontsize=8.5)
     if sweep is not None:
         labels = ["baseline" if alpha == "baseline" else f"alpha {alpha}" for alpha in sweep["alpha"].astype(str)]
-        axes[3].barh(range(len(sweep)), sweep["decode_tokens_per_second"], color=COLOURS["fixed"], height=0.7)
+        axes[3].barh(range(len(sweep)), sweep["decode_tokens_per_second"], color=ORANGE, height=0.7)
         axes[3].set_yticks(range(len(sweep)), labels, fontsize=8.5)
         axes[3].invert_yaxis()
-        axes[3].set_xlabel("tokens/s, decoding one sequence")
-        axes[3].set_title("Decode speed (alpha sweep)", fontsize=10)
-        axes[3].grid(axis="y", visible=False)
+    words = (
+        ("FLOPs: ideal (solid), executed (hatched)", "MFLOPs per token"),
+        ("Speed (no prefill saving: both paths run)", "tokens/s, scoring whole windows"),
+        ("Memory", "peak memory (GB)"),
+        ("Decode speed (alpha sweep)", "tokens/s, decoding one sequence"),
+    )
+    for axis, (title, label) in zip(axes, words, strict=False):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(label)
+        axis.grid(axis="y", visible=False)
     return figure
 
 
 # -- summary and verdict
-def _closest_row(rows, column, value):
-    return rows.iloc[(rows[column] - value).abs().to_numpy().argmin()]
-
-
 def summary_table(sweep, gated, alpha=0.3, routing_mode="routing_hard_0.5"):
     """The table metric x (baseline, alpha 0.3, routing-gated). -> DataFrame of text, index = metric.
 
-    The alpha nearest to `alpha` is taken; `routing_mode` falls back to the first routing row. The perplexities of both
-    files are on the same evaluation text; speed is that of scoring."""
+    The alpha nearest to `alpha` is taken; `routing_mode` falls back to the first gate that goes by sparsity. The
+    perplexities of both files are on the same evaluation text; speed is that of scoring."""
     base, rows = alpha_rows(sweep)
-    fixed = _closest_row(rows, "alpha", alpha)
-    routing_rows = gated[gated["mode"].str.contains("routing")]
+    fixed = rows.iloc[(rows["alpha"] - alpha).abs().to_numpy().argmin()]
+    routing_rows = gated[gated["kind"].isin(["routing", "ffn_sparsity"])]
     exact = routing_rows[routing_rows["mode"] == routing_mode]
     routed = (exact if len(exact) else routing_rows).iloc[0]
     columns = {"baseline": base, f"alpha {fixed['alpha']:g}": fixed, f"routing-gated ({routed['mode']})": routed}

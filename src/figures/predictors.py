@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from src.figures.hybrid import new_figure, plain
 from src.figures.journeys import NothingToDraw
+from src.figures.style import new_figure, plain
 
 BASELINE, HISTORY, HIDDEN = "baseline", "from the experts so far", "from hidden states"
 FAMILY_COLOURS = {BASELINE: "#7F7F7F", HISTORY: "#0072B2", HIDDEN: "#D55E00"}

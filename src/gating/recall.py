@@ -299,7 +299,7 @@ def recall_rows(
 def recall_modes(study: Study) -> list[Mode]:
     """What recall is measured under: fixed alpha, all on Mamba; hard routing and learned, with random masks."""
     share, seed = study.rule.share, study.rule.seed
-    routing = RoutingGate(share, signal=study.rule.signal, hard=True, seed=seed)
+    routing = RoutingGate(share, signal=study.session.arguments.signal, hard=True, seed=seed)
     chosen = [Mode(f"fixed_{alpha:g}", FixedGate(alpha), alpha, "fixed") for alpha in (share, 1.0)]
     chosen.append(Mode(f"routing_hard_{share:g}", routing, share, recipes=("random",)))
     if study.sets[0].has_learned_gates:
@@ -327,7 +327,9 @@ def recall_study(study: Study, lengths: Sequence[int], examples: int) -> list[di
             label, depends, lambda asked=asked, label=label: _bare(study, asked, label)
         )
         baseline = pd.DataFrame(content["table"])
-        rows += recall_rows(baseline, baseline, {"mode": "baseline", **BASELINE}, {}, rule.resamples, rule.seed)
+        rows += recall_rows(
+            baseline, baseline, {"mode": "baseline", **BASELINE}, {}, rule.resamples, rule.seed, rule.level
+        )
         with attached(study.model, study.sets[0]):
             for mode in recall_modes(study):
                 rows += _mode_rows(study, mode, asked, baseline, depends)
@@ -359,11 +361,11 @@ def _mode_rows(
         drawn.append(pd.DataFrame(found["table"]))
     own_columns = {"mode": mode.name, **mode.columns()}
     table = pd.DataFrame(content["table"])
-    rows = recall_rows(table, baseline, own_columns, realised, rule.resamples, rule.seed)
+    rows = recall_rows(table, baseline, own_columns, realised, rule.resamples, rule.seed, rule.level)
     if drawn:
         mean = drawn[0].assign(right=np.mean([one["right"] for one in drawn], axis=0))
         columns = {"mode": mode.control_name("random"), **mode.control_columns("random", mode.share)}
-        rows += recall_rows(mean, baseline, columns, realised, rule.resamples, rule.seed)
+        rows += recall_rows(mean, baseline, columns, realised, rule.resamples, rule.seed, rule.level)
     return rows
 
 

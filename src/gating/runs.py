@@ -97,7 +97,7 @@ def open_study(arguments, rule: Rule, window_tokens: int | None = None, **counts
     """
     counts = {"evaluation": arguments.documents, "calibration": arguments.calibration_documents} | counts
     session = open_session(arguments, counts, window_tokens)
-    layers = modes.hybrid_layers(session.model, arguments.layers, rule.signal)
+    layers = modes.hybrid_layers(session.model, arguments.layers, arguments.signal)
     folder = sidecar_sets.sidecar_folder(arguments.sidecar_dir, session.folder, arguments.model)
     sets = checked_sets(sidecar_sets.sidecar_sets(folder), layers, arguments.stage)
     for sidecars in sets:

@@ -184,7 +184,7 @@ def gate_ablation_rows(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
     calibrated = results[(results["kind"] == "routing") & (results["threshold"] != "fixed")]
     hard, own = calibrated["hard"].astype(bool), calibrated["threshold"] == "own"
     leading = hard & own & (calibrated["variant"] == "")
-    softness = "soft_t" + calibrated["temperature"].map("{:g}".format)
+    softness = calibrated["temperature"].map("soft_t{:g}".format)
     threshold = calibrated["threshold"].replace({"own": "layer_wise"})
     variants_of = {
         "signal": calibrated["signal"].where(leading | (calibrated["variant"] == "lookahead")),

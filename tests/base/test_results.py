@@ -1,4 +1,4 @@
-"""src/results.py and config.py: reproducible bytes, atomic writes, provenance, resume, user errors, agreeing paths."""
+"""results.py, errors and config.py: reproducible bytes, atomic writes, provenance, user errors, agreeing paths."""
 
 import json
 import math
@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.base import results
+import config
+from src.base import cli, results
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [
@@ -230,23 +231,23 @@ def test_finished_rows_with_two_keys_and_names_that_pandas_reads_as_missing(tmp_
 
 
 def run_main_with(statement):
-    return run_python(f"from src import results\ndef main():\n    {statement}\nresults.run_main(main)")
+    return run_python(f"from src.base import cli, errors\ndef main():\n    {statement}\ncli.run_main(main)")
 
 
 @pytest.mark.parametrize(
     ("statement", "message"),
     [
-        ("raise results.UserError('alpha is 2;\\n use 0 to 1')", "error: alpha is 2; use 0 to 1\n"),
+        ("raise errors.UserError('alpha is 2;\\n use 0 to 1')", "error: alpha is 2; use 0 to 1\n"),
         ("open('no/such/file')", "error: [Errno 2] No such file or directory: 'no/such/file'\n"),
         (
-            "from src.text_data import load_documents; load_documents('x.y', 'z')",
+            "from src.base.text_data import load_documents; load_documents('x.y', 'z')",
             None,
         ),
         (
-            "results.ArgumentParser('d').parse_args(['--nope'])",
+            "cli.Parser('d').parse_args(['--nope'])",
             "error: unrecognized arguments: --nope (see -c --help)\n",
         ),
-        ("raise MemoryError", "error: out of memory: MemoryError; try a shorter --max-seq-len or --device cpu\n"),
+        ("raise MemoryError", "error: out of memory: MemoryError; try fewer --window-tokens or --device cpu\n"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(statement, message):
@@ -279,7 +280,7 @@ def test_interrupt_is_130_without_traceback():
 
 
 def test_a_closed_pipe_is_quiet():
-    code = "from src import results\ndef main():\n    for i in range(100000): print(i)\nresults.run_main(main)"
+    code = "from src.base import cli\ndef main():\n    for i in range(100000): print(i)\ncli.run_main(main)"
     run = subprocess.run(
         f"'{sys.executable}' -c '{code}' | head -n 1", shell=True, cwd=ROOT, capture_output=True, text=True
     )
@@ -287,7 +288,7 @@ def test_a_closed_pipe_is_quiet():
 
 
 def test_results_does_not_import_torch():
-    run = run_python("import sys, src.results; sys.exit('torch' in sys.modules)")
+    run = run_python("import sys, src.base.results; sys.exit('torch' in sys.modules)")
     assert run.returncode == 0
 
 
@@ -320,7 +321,7 @@ def test_config_and_results_agree_on_every_path(tmp_path, quick):
     code = """
 import importlib, os, sys
 import config
-from src import results
+from src.base import results
 for name in sys.stdin.read().split("\\n"):
     os.environ["BLOCKFFN_MODEL"] = name
     importlib.reload(config)
@@ -352,18 +353,30 @@ assert config.ALPHA_SWEEP == [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
     assert run.returncode == 0, run.stderr
     settings = json.loads(run.stdout)
     folder = ROOT / "outputs" / "blockffn-tiny"
-    assert settings["MODEL_NAME"] == "blockffn-tiny" and settings["MAX_SEQ_LEN"] == "1024"
+    assert settings["MODEL_NAME"] == "blockffn-tiny"
     assert settings["OUTPUT_DIR"] == str(ROOT / "outputs")  # absolute: notebooks run in another folder
     assert settings["ROUTING_SIGNALS_PATH"] == str(folder / "routing_signals.json")
     assert settings["ALPHA_SWEEP_RESULTS_PATH"] == str(folder / "alpha_sweep_results.csv")
     assert settings["LAYER_REPLACEMENT_PATH"] == str(folder / "layer_replacement_results.csv")
     assert settings["GATED_HYBRID_RESULTS_PATH"] == str(folder / "gated_hybrid_results.csv")
     other = run_python(
-        "import config; print(config.MAX_SEQ_LEN, config.OUTPUT_DIR)",
+        "import config; print(config.MODEL_OUTPUT_DIR)",
         BLOCKFFN_MODEL="SparseLLM/BlockFFN-3B-SFT",
         BLOCKFFN_OUTPUT_DIR="elsewhere",
     )
-    assert other.stdout == f"512 {ROOT / 'elsewhere'}\n"
+    assert other.stdout == f"{ROOT / 'elsewhere' / 'SparseLLM-BlockFFN-3B-SFT'}\n"
+
+
+def test_a_setting_follows_the_models_profile_and_quick():
+    values = {
+        (model, quick): [cli.setting(config, name, model, quick) for name in ("MAX_SEQ_LEN", "GATE_SHARES")]
+        for model in ("blockffn-tiny", "SparseLLM/BlockFFN-3B-SFT", "some/other")
+        for quick in (False, True)
+    }
+    tiny, other = values["blockffn-tiny", False], values["some/other", False]
+    assert tiny == [1024, [0.25, 0.5, 0.75]] and other == values["SparseLLM/BlockFFN-3B-SFT", False]
+    assert other == [512, [0.25, 0.5, 0.75]]
+    assert values["blockffn-tiny", True] == [1024, [0.5]] and values["some/other", True] == [512, [0.5]]
 
 
 def test_config_imports_nothing_of_the_repository():

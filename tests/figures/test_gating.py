@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import nbformat
@@ -15,9 +14,8 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
-from src.figures import gating, hybrid
-from src.figures.journeys import NothingToDraw
-from src.gating import rule
+from src.figures import gating, style
+from src.figures.style import NothingToDraw
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "notebooks" / "visualize_routing.ipynb"
@@ -42,6 +40,32 @@ def mode_of(kind, share):
     return f"{base}_{share:g}" + ("_lookahead" if kind.endswith("_lookahead") else "")
 
 
+def name_of(kind):
+    """What figures call a kind of COSTS: a key of GATES."""
+    return kind.removeprefix("control_").replace("routing_hard", "routing hard").replace("_lookahead", " lookahead")
+
+
+def gate_columns(mode, kind, share):
+    """The columns that tables carry behind `mode`."""
+    recipe = kind.removeprefix("control_") if kind.startswith("control_") else ""
+    matched_to, variant = f"routing_hard_{share:g}" if recipe else "", "lookahead" if "lookahead" in kind else ""
+    if recipe == "random_learned":
+        recipe, matched_to, variant = "random", f"learned_{share:g}", "learned"
+    if kind == "learned":
+        variant = "learned"
+    if mode.endswith("_t0.03"):
+        variant = "t0.03"
+    if share == 0.8088:
+        matched_to, variant = "routing_threshold", "threshold"
+    named = "control" if recipe else {"baseline": "none"}.get(kind, kind.split("_")[0])
+    return {
+        "mode": mode, "kind": named, "gate": recipe or named,
+        "hard": "hard" in kind or bool(recipe) or named == "learned",
+        "signal": "previous", "recipe": recipe, "matched_to": matched_to, "uses_document": bool(recipe),
+        "share_target": share, "variant": variant,
+    }  # fmt: skip
+
+
 def interval(value, width, names=("value", "ci_low", "ci_high")):
     return dict(zip(names, (value, value - width, value + width), strict=True))
 
@@ -51,8 +75,8 @@ def gate_row(mode, kind, share, delta, random, rng):
     against = interval(delta - random, 0.006, versus) if kind not in ("control_random", "baseline") else {}
     p_value = 0.001 if abs(delta - random) > 0.006 else 0.4
     return {
-        "mode": mode, "gate": kind, "signal": "previous", "uses_document": kind.startswith("control_"),
-        "share_target": share, "share_realised": share, "perplexity": 25 * np.exp(delta), "delta": 25 * np.expm1(delta),
+        **gate_columns(mode, kind, share), "share_realised": share,
+        "perplexity": 25 * np.exp(delta), "delta": 25 * np.expm1(delta),
         "pct_change": 100 * np.expm1(delta), **interval(delta, 0.03, ("delta_nll", "ci_low", "ci_high")),
         **(against or dict.fromkeys(versus, NAN)), "flops_ideal": 1.5e7, "flops_executed": 3.1e7,
         "tokens_per_second": 4300 + 100 * rng.random(), "memory_gb": 0.9, "sidecar_seeds": 3,
@@ -70,28 +94,18 @@ def gated(shares, kinds):
         for kind in ("fixed", "routing_soft"):
             rows.append(gate_row(f"{kind}_{share:g}", kind, share, 0.1 * random, random, rng))
     rows.append(gate_row("routing_soft_0.5_t0.03", "routing_soft", 0.5, 0.04, 0.13, rng))
-    rows.append(gate_row("control_random_0.8088", "control_random", 0.8088, 0.2, 0.2, rng))
+    rows.append(gate_row("routing_threshold", "routing_hard", NAN, 0.2, 0.2, rng) | {"variant": "threshold"})
+    rows.append(gate_row("control_random_threshold", "control_random", 0.8088, 0.2, 0.2, rng))
     return pd.DataFrame(rows)
 
 
-def documents(shares, kinds, seeds, count):
-    rng = np.random.default_rng(1)
-    tokens = rng.integers(60, 700, count)
-    base = tokens * rng.normal(3.2, 0.3, count)
-    noise = rng.normal(0, 0.02, (count, 1)) * tokens[:, None]
+def pairs(shares, kinds):
     rows = []
     for share in shares:
-        for kind in kinds:
-            for seed in range(seeds):
-                cost = 0.26 * share**1.2 * COSTS[kind] + 0.004 * rng.normal() + 0.01 * rng.normal(size=count)
-                for i in range(count):
-                    rows.append(
-                        {
-                            "mode": mode_of(kind, share), "sidecar_seed": seed, "document": f"docs/{i}",
-                            "domain": DOMAINS[i % 4], "tokens": tokens[i], "num_bytes": 4 * tokens[i],
-                            "nll": base[i] + noise[i, 0] + tokens[i] * cost[i],
-                        }
-                    )  # fmt: skip
+        for number, kind in enumerate(kind for kind in kinds if kind.startswith("control_")):
+            row = {"mode": f"routing_hard_{share:g}", "control": mode_of(kind, share), "recipe": name_of(kind)}
+            row |= {"share": share} | interval(0.004 * number - 0.02, 0.01, ("difference", "ci_low", "ci_high"))
+            rows.append(row | {"p_value": 0.01, "p_holm": 0.2, "sidecar_seeds": 3})
     return pd.DataFrame(rows)
 
 
@@ -102,7 +116,11 @@ def domains(shares):
             for kind in ("control_random", "routing_hard"):
                 delta = 0.02 * (number - 1) * share
                 versus = interval(delta, 0.01, ("vs_random", "vs_random_ci_low", "vs_random_ci_high"))
-                row = {"mode": mode_of(kind, share), "domain": domain, "documents": 16, "tokens": 7000 + number}
+                row = gate_columns(mode_of(kind, share), kind, share) | {
+                    "domain": domain,
+                    "documents": 16,
+                    "tokens": 7000 + number,
+                }
                 row |= {"share_realised": share + 0.06 * (number - 1.5)}
                 row |= interval(0.1 + delta, 0.03, ("delta_nll", "ci_low", "ci_high"))
                 rows.append(row | (versus if kind == "routing_hard" else dict.fromkeys(versus, NAN)))
@@ -189,12 +207,16 @@ def recall(tasks, lengths, kinds, shares):
                     if kind == "baseline" and share != shares[0]:
                         continue
                     accuracy = max(0.02, 0.95 - 0.08 * number - 0.05 * np.log2(length / 256))
-                    row = {"task": task, "length": length, "mode": "baseline" if not number else mode_of(kind, share)}
-                    row |= {"share_target": share, "share_realised": share, "examples": 40, "answers": 160}
+                    row = {"task": task, "length": length}
+                    row |= gate_columns("baseline" if not number else mode_of(kind, share), kind, share)
+                    del row["variant"]  # recall_results.csv has none
+                    row |= {"share_realised": share, "examples": 40, "answers": 160}
                     row |= interval(accuracy, 0.04, ("accuracy", "ci_low", "ci_high")) | {"chance": 0.03}
                     versus = ("vs_baseline", "vs_baseline_ci_low", "vs_baseline_ci_high")
                     rows.append(row | interval(-0.08 * number, 0.05, versus))
-    alone = [row | {"mode": "fixed_1", "share_target": 1.0} for row in rows if row["mode"] == "baseline"]
+    alone = [
+        row | {"mode": "fixed_1", "kind": "fixed", "share_target": 1.0} for row in rows if row["mode"] == "baseline"
+    ]
     return pd.DataFrame(rows + alone)
 
 
@@ -236,7 +258,7 @@ VERDICT = {
     "label": "final: three sets of sidecars",
     "rule": "supported if the interval lies below 0 against random and block-shuffled; " * 3,
     "inputs": {"mode": "routing_hard_0.5", "layers": [4, 5, 6, 7], "resamples": 500},
-    "settings": asdict(rule.Rule(0.5, "previous", "middle", 3, 60, 0.2, 0.25, resamples=500)),
+    "settings": {"share": 0.5, "signal": "previous", "resamples": 500},
     "margin": 0.0226,
     "numbers": {"random": {"difference": 0.02843, "ci_low": 0.0134, "ci_high": 0.0463}, "detectable": 0.024},
     "outcome": "refuted",
@@ -257,13 +279,14 @@ def made_up(case):
     probes = ("routing_hard", "router_linear", "router_mlp", "hidden_linear", "hidden_mlp", "learned")
     some = [kind for kind in kinds if kind in ("control_random", "control_block_shuffled", "routing_hard",
             "routing_hard_lookahead", "learned", "control_oracle")]  # fmt: skip
-    recalled = [*some, "control_random_learned"] if long else some
+    recalled = [kind for kind in some if "lookahead" not in kind] + ["control_random_learned"] * long
     tasks = ("multi_query_recall", "passkey", "induction", "rare_names") if long else ("induction",)
     ablations = list(VARIANTS) if long else ["init", "signal"]
+    gates = "explained_gates" if long else "gated_hybrid"
     return {
-        "gated_hybrid_results.csv": gated(shares, kinds),
-        "gated_hybrid_documents.csv": documents(shares, kinds, 3 if long else 1, 60 if long else 4),
-        "gated_hybrid_domains.csv": domains(shares),
+        f"{gates}_results.csv": gated(shares, kinds),
+        f"{gates}_pairs.csv": pairs(shares, kinds),
+        f"{gates}_domains.csv": domains(shares),
         "layer_set_results.csv": layer_sets(("middle", "first_half", "last_half", "all") if long else ("5",), some),
         "sensitivity_validation.csv": validation(layers),
         "sensitivity_correlations.csv": correlations(layers, SIGNALS if long else ["sparsity_previous"]),
@@ -295,19 +318,29 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def read(folders):
-    return lambda name, case="long": gating.read_result(folders / case / name)
+    return lambda name, case="long": style.read_result(folders / case / name, "07_gated_hybrid.py")
+
+
+@pytest.fixture
+def gates(folders):
+    return lambda table, case="long": gating.read_gates(folders / case, table)
 
 
 def first_map(read, case):
     return read("sensitivity_maps.json", case)["documents"][0]
 
 
+def gates_file(table, case):
+    """08's table where it has run ("long"), else 07's."""
+    return f"{'explained_gates' if case == 'long' else 'gated_hybrid'}_{table}.csv"
+
+
 FIGURES = {
-    "ladder": lambda read, case: gating.plot_ladder(read("gated_hybrid_results.csv", case)),
+    "ladder": lambda read, case: gating.plot_ladder(read(gates_file("results", case), case)),
     "controls": lambda read, case: gating.plot_controls(
-        read("gated_hybrid_documents.csv", case), read("verdict.json", case)
+        read(gates_file("pairs", case), case), read("verdict.json", case)
     ),
-    "domains": lambda read, case: gating.plot_domains(read("gated_hybrid_domains.csv", case)),
+    "domains": lambda read, case: gating.plot_domains(read(gates_file("domains", case), case)),
     "layer_sets": lambda read, case: gating.plot_layer_sets(read("layer_set_results.csv", case)),
     "validation": lambda read, case: gating.plot_validation(read("sensitivity_validation.csv", case)),
     "correlations": lambda read, case: gating.plot_correlations(read("sensitivity_correlations.csv", case)),
@@ -371,39 +404,42 @@ def test_figure_is_readable(name, case, read, tmp_path):
 
 def test_same_data_same_bytes(read, tmp_path):
     for name in ("ladder", "sensitivity_map"):
-        files = [hybrid.save_figure(FIGURES[name](read, "short"), tmp_path / f"{i}.png", dpi=50) for i in "ab"]
+        files = [style.save_figure(FIGURES[name](read, "short"), tmp_path / f"{i}.png", dpi=50) for i in "ab"]
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.parametrize(
-    "mode, expected",
-    [
-        ("control_random_0.5", ("control_random", 0.5)),
-        ("routing_hard_0.5_lookahead", ("routing_hard_lookahead", 0.5)),
-        ("control_probe_router_mlp_0.25", ("control_probe_router_mlp", 0.25)),
-        ("routing_soft_0.5_t0.03", ("routing_soft_t0.03", 0.5)),
-        ("control_random_learned_0.75", ("control_random_learned", 0.75)),
-    ],
-)
-def test_split_mode(mode, expected):
-    assert gating.split_mode(mode) == expected
-    assert gating.split_mode("routing_threshold")[0] == "routing_threshold"
+def test_gates_are_named_by_their_columns(gates):
+    table = style.name_gates(gates("results")).set_index("mode")
+    expected = {
+        "baseline": "baseline", "control_random_0.5": "random", "routing_hard_0.5": "routing hard",
+        "routing_hard_0.5_lookahead": "routing hard lookahead", "routing_soft_0.5_t0.03": "routing soft t0.03",
+        "control_probe_router_mlp_0.25": "probe_router_mlp", "routing_threshold": "routing hard threshold",
+        "control_random_threshold": "random of routing hard threshold",
+    }  # fmt: skip
+    assert table["name"].reindex(list(expected)).to_dict() == expected
+    assert style.gate_label("random of learned") == "random, counts of learned"
+    assert style.gate_colour("routing soft t0.03") == style.gate_colour("routing soft")
 
 
 def test_every_control_has_a_place_in_the_ladder():
-    from src.gating.controls import CONTROLS, control_mode
+    from src.gating.controls import CONTROLS
 
-    for name in CONTROLS:
-        assert gating.split_mode(control_mode(name, 0.5))[0] in gating.LADDER
+    assert set(CONTROLS) <= set(gating.LADDER)
+
+
+def test_08s_tables_are_taken_where_they_are(gates, tmp_path, capsys):
+    assert len(gates("results")) > len(gates("results", "short")) > 0
+    assert gating.read_gates(tmp_path, "results") is None
+    assert "gated_hybrid_results.csv is not there yet. Run: python scripts/07_" in capsys.readouterr().out
 
 
 def test_ladder_draws_the_file(read):
-    table = read("gated_hybrid_results.csv")
+    table = read("explained_gates_results.csv")
     figure = FIGURES["ladder"](read, "long")
     names = row_names(figure.axes[0])
-    assert names == [label for label, _ in gating.LADDER.values()]
+    assert names == [style.GATES[name][0] for name in gating.LADDER if name in map(name_of, COSTS)]
     assert len(figure.axes) == 3  # the shares; not that of the uncalibrated threshold's own control
-    kinds = list(gating.LADDER)
+    kinds = sorted(COSTS, key=lambda kind: gating.LADDER.index(name_of(kind)))
     for share, axes in zip((0.25, 0.5, 0.75), figure.axes, strict=True):
         rows = table.set_index("mode").loc[[mode_of(kind, share) for kind in kinds]]
         drawn = {}
@@ -424,51 +460,35 @@ def test_ladder_draws_the_file(read):
 
 def test_intervals_of_too_few_documents_leave_the_panel(read, tmp_path):
     """Studentised intervals of a few documents may be infinite; of one document there are none."""
-    table = read("gated_hybrid_domains.csv")
+    table = read("explained_gates_domains.csv")
     table.loc[table["domain"] == "docs", "vs_random_ci_low"] = -np.inf
     table.loc[table["domain"] == "docs", "vs_random_ci_high"] = np.inf
     table.loc[table["domain"] == "code", ["vs_random_ci_low", "vs_random_ci_high"]] = np.nan
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = gating.plot_domains(table)
-        hybrid.save_figure(figure, tmp_path / "a.png", dpi=50)
+        style.save_figure(figure, tmp_path / "a.png", dpi=50)
     left, right = figure.axes[0].get_xlim()
     assert -0.05 < left < right < 0.05
     drawn = segments(figure.axes[0].containers[0])
     assert drawn[0, 0] < left < right < drawn[0, 1] and drawn[1, 0] == drawn[1, 1]
 
 
-def test_control_differences_are_paired_over_documents_and_sets(read):
-    table = read("gated_hybrid_documents.csv")
-    settings = VERDICT["settings"]
-    found = gating.control_differences(table, settings).set_index("kind")
-    assert set(found.index) == {k for k in COSTS if k.startswith("control_") and not re.search("probe|oracle|hind", k)}
-    for kind in ("control_random", "control_attention_entropy"):
-        a, b = (table[table["mode"] == f"{name}_0.5"] for name in ("routing_hard", kind))
-        both = a.merge(b, on=["sidecar_seed", "document"])
-        one = both[both["sidecar_seed"] == 0]
-        expected = (both["nll_x"] - both["nll_y"]).sum() / 3 / one["tokens_x"].sum()
-        assert found.loc[kind, "difference"] == pytest.approx(expected)
-        assert found.loc[kind, "ci_low"] < expected < found.loc[kind, "ci_high"]
-    single = table[table["sidecar_seed"] == 0]
-    one_set = gating.control_differences(single, settings)
-    old_file = gating.control_differences(single.drop(columns="sidecar_seed"), settings)
-    pd.testing.assert_frame_equal(one_set, old_file)
-    with pytest.raises(NothingToDraw, match="routing_hard_0.5"):
-        gating.control_differences(table[table["mode"] != "routing_hard_0.5"])
-
-
-def test_controls_show_margin_and_verdict(read):
-    table = read("gated_hybrid_documents.csv")
+def test_controls_show_margin_and_verdict(gates, read):
+    table = gates("pairs")
     (axes,) = FIGURES["controls"](read, "long").axes
     assert "REFUTED" in axes.get_title()
     (band,) = axes.patches
     assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((-0.0226, 0.0226))
-    rows = gating.control_differences(table, VERDICT["settings"])
-    drawn = np.array([[c.lines[0].get_xdata()[0], *segments(c)[0]] for c in axes.containers])
-    assert drawn == pytest.approx(rows[["difference", "ci_low", "ci_high"]].to_numpy())
-    (bare,) = gating.plot_controls(read("gated_hybrid_documents.csv", "short")).axes
+    rows = table[table["share"] == 0.5].set_index("recipe")
+    shown = [name for name in gating.LADDER if style.GATES[name][1] in style.CONTROL_GROUPS]
+    assert row_names(axes) == [style.GATES[name][0] for name in shown]
+    drawn = np.array([[c.lines[0].get_xdata()[0], *segments(c)[0]] for c in axes.containers], dtype=float)
+    assert drawn == pytest.approx(rows.loc[shown, ["difference", "ci_low", "ci_high"]].to_numpy())
+    (bare,) = gating.plot_controls(gates("pairs", "short")).axes
     assert "no verdict yet" in bare.get_title() and not bare.patches
+    with pytest.raises(NothingToDraw, match="share 0.9"):
+        gating.plot_controls(table, share=0.9)
 
 
 def test_correlations_show_every_layer_and_mark_what_holm_leaves(read):
@@ -522,16 +542,8 @@ def test_text_underlines_what_routing_sends_to_mamba(read):
         cells = [(patch.get_x(), patch.get_y()) for patch in axes.patches]
         lined = {cells.index((round(line.get_xdata()[0] - 0.1), int(line.get_ydata()[0]))) for line in axes.lines}
         assert lined == set(np.flatnonzero(marked[:100]))
-        text = gating.sensitivity_html(document, layer)
-        spans = re.findall(r'<span title="sensitivity ([^"]*) nats(, to Mamba)?" style="([^"]*)">', text)
-        assert [bool(to_mamba) for _, to_mamba, _ in spans] == marked
-        assert [("border-bottom" in style) for *_, style in spans] == marked
-    values = np.array(document["sensitivity"])[3]
-    middle = np.argsort(values)[150]  # not drawn in
-    assert float(spans[middle][0]) == pytest.approx(values[middle], rel=0.05)
-    assert "<b>" not in text and "$" not in text and "&#36;" in text
     with pytest.raises(IndexError, match="layer 99 is not there"):
-        gating.sensitivity_html(document, 99)
+        gating.plot_sensitivity_text(document, 99)
 
 
 def test_probe_gap_and_recall_draw_the_files(read):
@@ -547,7 +559,7 @@ def test_probe_gap_and_recall_draw_the_files(read):
     assert len(figure.axes) == 4
     for task, axes in zip(dict.fromkeys(table["task"]), figure.axes, strict=True):
         found = {c.get_label(): c.lines[0].get_ydata() for c in axes.containers}
-        assert len(found) == 9
+        assert len(found) == 8
         names = {
             "baseline": "baseline (attention only)", "control_random_0.5": "random", "fixed_1": "Mamba only",
             "control_random_learned_0.5": "random, counts of learned",
@@ -562,7 +574,7 @@ def test_probe_gap_and_recall_draw_the_files(read):
 
 
 def test_domains_and_layer_sets_draw_the_files(read):
-    table = read("gated_hybrid_domains.csv")
+    table = read("explained_gates_domains.csv")
     left, right = FIGURES["domains"](read, "long").axes
     for share, container, dots in zip((0.25, 0.5, 0.75), left.containers, right.collections, strict=True):
         rows = table[table["mode"] == f"routing_hard_{share}"]
@@ -611,30 +623,28 @@ def test_verdict_is_quoted_in_full():
         assert part in joined
 
 
-def test_missing_files_are_one_line(tmp_path, capsys):
-    assert gating.read_result(tmp_path / "probe_gap.csv") is None
+def test_missing_ablations_name_their_scripts(tmp_path, capsys):
     assert gating.read_ablations(tmp_path) is None
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and all("python scripts/07_gated_hybrid.py --full" in line for line in lines)
-    assert lines[0].startswith("probe_gap.csv is missing")
+    assert [line.rpartition("scripts/")[2][:2] for line in lines] == ["10"] * 4 + ["08"] * 3
 
 
 def test_imports_no_torch():
-    code = "import sys; import src.study_plots; sys.exit('torch' in sys.modules)"
+    code = "import sys; import src.figures.gating; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("case", ["long", None])
 def test_notebook_sections(case, tmp_path, monkeypatch):
-    """The sections of the study draw and keep their figures; without its files each says which command makes them."""
+    """The sections of the study draw and keep their figures; without its files each says which script writes them."""
     folder = tmp_path / "blockffn-tiny"
     if case:
         write(folder, made_up(case))
     monkeypatch.setenv("BLOCKFFN_OUTPUT_DIR", str(tmp_path))
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    start = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("## 9."))
-    stop = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("## 16."))
+    start = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("## 8."))
+    stop = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("## 15."))
     notebook.cells = [notebook.cells[1], *notebook.cells[start:stop]]
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
     cells = [cell for cell in notebook.cells[1:] if cell.cell_type == "code"]
@@ -644,10 +654,9 @@ def test_notebook_sections(case, tmp_path, monkeypatch):
         assert not any(printed)
         drawn = {name.removesuffix("_0").removesuffix("_1") for name in figures}
         assert drawn == set(FIGURES) and len(figures) == len(FIGURES) + 2
-        shown = sum("text/html" in output.get("data", {}) for cell in cells for output in cell.outputs)
-        assert shown == 2  # the whole texts of the two documents
     else:
         assert not figures
-        for lines in printed:
-            assert all("python scripts/07_gated_hybrid.py --full" in line for line in lines)
-        assert sum(map(len, printed)) == 12
+        lines = [line for cell in printed for line in cell]
+        assert all("is not there yet. Run: python scripts/" in line and "--" not in line for line in lines)
+        scripts = [line.rpartition("scripts/")[2][:2] for line in lines]
+        assert {script: scripts.count(script) for script in scripts} == {"07": 4, "08": 7, "09": 2, "10": 5}

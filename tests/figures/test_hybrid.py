@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 from nbclient import NotebookClient
 
-from src.figures import hybrid
+from src.figures import hybrid, style
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, EXPERTS = 12, 32
@@ -98,10 +98,32 @@ def layer_replacement():
     return table
 
 
+def gate_columns(mode):
+    """The columns that tables of results carry behind `mode`, of the modes that these tests make up."""
+    control = mode.startswith("control_")
+    parts = mode.split("_")
+    share = next((float(part) for part in parts if part[:1].isdigit()), None)
+    kind = "none" if mode == "baseline" else "control" if control else parts[0]
+    recipe = mode.removeprefix("control_").rpartition("_")[0] if control else ""
+    variant = parts[-1] if parts[-1] in ("threshold", "lookahead", "shared") or parts[-1][:2] == "t0" else ""
+    matched_to = f"routing_hard_{share:g}" if control else ""
+    for gate in ("learned", "lookahead"):
+        if recipe == f"random_{gate}":
+            base = "learned" if gate == "learned" else "routing_hard"
+            recipe, variant = "random", gate
+            matched_to = f"{base}_{share:g}" + ("" if gate == "learned" else f"_{gate}")
+    return {
+        "mode": mode, "kind": kind, "gate": recipe or kind,
+        "hard": "soft" not in mode and kind not in ("none", "fixed"),
+        "recipe": recipe, "matched_to": matched_to, "uses_document": control,
+        "share_target": 0.0 if mode == "baseline" else share, "variant": "learned" if kind == "learned" else variant,
+    }  # fmt: skip
+
+
 def gated_hybrid():
     rng = np.random.default_rng(3)
     empty = {"vs_random": np.nan, "vs_random_ci_low": np.nan, "vs_random_ci_high": np.nan}
-    rows = [{"mode": "baseline", "share_target": 0.0, "share_realised": 0.0, **_quality(0.0, 0.0), **empty}]
+    rows = [{**gate_columns("baseline"), "share_realised": 0.0, **_quality(0.0, 0.0), **empty}]
     gains = {"fixed": -0.02, "routing_hard": -0.006, "routing_soft": -0.015, "learned": -0.011, "control_random": 0.0}
     for share in (0.25, 0.5, 0.75):
         for kind, gain in gains.items():
@@ -111,8 +133,7 @@ def gated_hybrid():
             quality = _quality(0.12 * share + gain, 0.008)
             rows.append(
                 {
-                    "mode": f"{kind}_{share}",
-                    "share_target": share,
+                    **gate_columns(f"{kind}_{share}"),
                     "share_realised": share,
                     **quality,
                     **empty,
@@ -123,18 +144,17 @@ def gated_hybrid():
         versus = dict(zip(empty, (-0.012, -0.016, -0.008), strict=True))
         rows.append(
             {
-                "mode": f"routing_soft_0.5_t{temperature}",
-                "share_target": 0.5,
+                **gate_columns(f"routing_soft_0.5_t{temperature}"),
                 "share_realised": 0.5,
                 **_quality(0.05, 0.008),
             }
             | versus
         )
-    rows.append({"mode": "routing_threshold", "share_realised": 0.81, **_quality(0.1, 0.01), **empty})
+    rows.append({**gate_columns("routing_threshold"), "share_realised": 0.81, **_quality(0.1, 0.01), **empty})
     table = pd.DataFrame([row | _speed(rng, 22, 30) for row in rows])
     table["delta"] = table["perplexity"] - 40.0
     table["pct_change"] = 100 * table["delta"] / 40.0
-    return table
+    return table.assign(p_value=0.01, p_holm=0.1)
 
 
 def verdict():
@@ -172,7 +192,6 @@ def routing_by_kind():
 
 
 FIGURES = {
-    "overall_sparsity": lambda: hybrid.plot_overall_sparsity(routing_signals()),
     "sparsity_heatmap": lambda: hybrid.plot_sparsity_heatmap(routing_signals()),
     "token_text": lambda: hybrid.plot_token_text(routing_signals()["prompts"][1]),
     "token_heatmap": lambda: hybrid.plot_token_heatmap(routing_signals()["prompts"][2]),
@@ -203,8 +222,8 @@ def test_figure_renders_without_a_warning_and_names_axes(name, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a missing glyph, a negative interval, a failed layout are warnings
         figure = FIGURES[name]()
-        first = hybrid.save_figure(figure, tmp_path / "a.png").read_bytes()
-    second = hybrid.save_figure(FIGURES[name](), tmp_path / "b.png").read_bytes()
+        first = style.save_figure(figure, tmp_path / "a.png").read_bytes()
+    second = style.save_figure(FIGURES[name](), tmp_path / "b.png").read_bytes()
     assert isinstance(figure, Figure)
     assert first == second  # the same data gives the same bytes
     for axes in figure.axes:
@@ -228,27 +247,26 @@ def test_no_tick_labels_overlap(name):
 
 
 def test_dollar_signs_are_printed_not_typeset():
-    figure = hybrid.plot_overall_sparsity(routing_signals())
+    figure = hybrid.plot_token_heatmap(routing_signals()["prompts"][2])
     figure.draw_without_rendering()
-    label = next(t for t in figure.axes[0].get_yticklabels() if "ticket" in t.get_text())
+    label = figure.axes[0].title
     text, is_mathematics = label._preprocess_math(label.get_text())
     assert is_mathematics is False
-    assert text.startswith("A ticket costs $12 and a drink costs $3")
+    assert "A ticket costs $12 and a drink costs $3" in text
 
 
-def test_token_html_escapes_and_colours():
+def test_token_text_colours_by_sparsity():
     prompt = {
         "tokens": ["<s>", "<b>", " a$b", "\n"],
         "per_token_sparsity": [[0.0, 0.5, 1.0, 0.5], [0.0, 0.5, 1.0, 0.7]],
     }
-    text = hybrid.token_html(prompt)
-    assert "<b>" not in text and "&lt;b&gt;" in text
-    assert "$" not in text and "&#36;" in text
-    colours = re.findall(r"background:rgb\((\d+,\d+,\d+)\)", text)
-    assert colours[0] == "0,34,78" and colours[2] == "254,232,56"  # cividis' two ends, least and most sparse
-    assert re.findall(r'title="sparsity ([\d.]+)"', text) == ["0.000", "0.500", "1.000", "0.600"]
+    axes = hybrid.plot_token_text(prompt).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["<s>", "<b>", " a$b", "↵"]
+    colours = [tuple(round(255 * part) for part in patch.get_facecolor()[:3]) for patch in axes.patches]
+    assert colours[0] == (0, 34, 78) and colours[2] == (254, 232, 56)  # cividis' ends, least and most sparse
+    assert [text.get_color() for text in axes.texts][::2] == ["white", "black"]
     with pytest.raises(IndexError, match="layer 2 is not there: .* 0 to 1"):
-        hybrid.token_html(prompt, layer=2)
+        hybrid.plot_token_text(prompt, layer=2)
 
 
 def test_extreme_tokens_match_a_full_sort():
@@ -277,8 +295,10 @@ def test_alpha_sweep_draws_the_numbers_of_the_file():
 def test_gates_leave_other_controls_to_other_figures():
     table = gated_hybrid()
     control = table[table["mode"].str.startswith("control_random_0.5")].iloc[:1]
-    names = ["control_inverted_0.5", "control_random_learned_0.5", "control_oracle_0.5", "control_random_threshold"]
-    more = pd.concat([table, *(control.assign(mode=name, vs_random=0.01) for name in names)], ignore_index=True)
+    names = ["control_inverted_0.5", "control_random_learned_0.5", "control_oracle_0.5"]
+    others = [control.assign(**gate_columns(name), vs_random=0.01) for name in names]
+    threshold = {"mode": "control_random_threshold", "matched_to": "routing_threshold", "variant": "threshold"}
+    more = pd.concat([table, *others, control.assign(**threshold, vs_random=0.01)], ignore_index=True)
     for draw in (hybrid.plot_gates, hybrid.plot_cost):
         labels = [[text.get_text() for text in axes.get_yticklabels()] for axes in draw(more).axes]
         assert labels == [[text.get_text() for text in axes.get_yticklabels()] for axes in draw(table).axes]
@@ -290,8 +310,6 @@ def test_gates_show_every_compared_mode_once():
     labels = [label.get_text() for label in right.get_yticklabels()]
     assert sorted(labels) == sorted(gated.loc[gated["vs_random"].notna(), "mode"])
     assert len(left.get_legend().get_texts()) == 6
-    with pytest.raises(ValueError, match="inverted"):
-        hybrid.gate_kind("inverted_0.5")
 
 
 def test_summary_table_takes_the_asked_rows():
@@ -305,14 +323,14 @@ def test_summary_table_takes_the_asked_rows():
 
 
 def test_missing_result_names_the_script(tmp_path, capsys):
-    assert hybrid.read_result(tmp_path / "alpha_sweep_results.csv", "05_sweep_alpha.py") is None
+    assert style.read_result(tmp_path / "alpha_sweep_results.csv", "05_sweep_alpha.py") is None
     assert "python scripts/05_sweep_alpha.py" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="csv or .json"):
-        hybrid.read_result(tmp_path / "x.npz", "03_extract_routing.py")
+    with pytest.raises(ValueError, match="csv, .json or .npz"):
+        style.read_result(tmp_path / "x.txt", "03_extract_routing.py")
 
 
 def test_plots_import_no_torch():
-    code = "import sys; import src.plots; sys.exit('torch' in sys.modules)"
+    code = "import sys; import src.figures.hybrid, src.figures.style; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -356,9 +374,12 @@ def test_notebook_runs_from_root_and_from_its_folder(start, complete, tmp_path, 
     printed = "".join(output.get("text", "") for output in outputs)
     figures = [output for output in outputs if "image/png" in output.get("data", {})]
     if complete:
-        assert "is not there yet" not in printed and "SUPPORTED" in printed
+        assert "alpha_sweep" not in printed and "gated_hybrid_results" not in printed and "SUPPORTED" in printed
         assert len(figures) == len(list((tmp_path / "blockffn-tiny" / "figures").glob("*.png"))) >= 12
     else:
         assert not figures
-        for name in ("03_extract_routing", "05_sweep_alpha", "06_replace_layer", "07_gated_hybrid"):
+        for name in (
+            "03_extract_routing", "05_sweep_alpha", "06_replace_layer", "07_gated_hybrid", "08_explain_gates",
+            "09_other_layers_and_recall", "10_ablate_sidecars",
+        ):  # fmt: skip
             assert f"python scripts/{name}.py" in printed

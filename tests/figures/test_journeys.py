@@ -20,8 +20,8 @@ from nbclient import NotebookClient
 
 import config
 from src.base import results
-from src.figures import hybrid
 from src.figures import journeys as drawing
+from src.figures import style
 from src.journeys import tables
 from src.journeys.sample import to_sample
 
@@ -190,7 +190,7 @@ def test_figure_is_readable(name, case, read):
 
 def test_same_data_same_bytes(read, tmp_path):
     first, second = (
-        hybrid.save_figure(build("domain_distance", read), tmp_path / f"{i}.png").read_bytes() for i in range(2)
+        style.save_figure(build("domain_distance", read), tmp_path / f"{i}.png").read_bytes() for i in range(2)
     )
     assert first == second
 
@@ -453,7 +453,7 @@ def test_missing_file_names_the_script(tmp_path, capsys):
 
 
 def test_imports_no_torch():
-    code = "import sys; import src.journey_plots; sys.exit('torch' in sys.modules)"
+    code = "import sys; import src.figures.journeys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from nbclient import NotebookClient
 
 from src.base import results
-from src.figures import hybrid, predictors
+from src.figures import predictors, style
 from src.figures.journeys import NothingToDraw, read_result
 from src.journeys import expert_cache
 
@@ -175,7 +175,7 @@ def test_figure_is_readable(name, case, read):
 
 
 def test_same_data_same_bytes(read, tmp_path):
-    first, second = (hybrid.save_figure(build("cache_sizes", read), tmp_path / f"{i}.png").read_bytes() for i in "ab")
+    first, second = (style.save_figure(build("cache_sizes", read), tmp_path / f"{i}.png").read_bytes() for i in "ab")
     assert first == second
 
 
@@ -319,7 +319,7 @@ def test_tables(read):
 
 
 def test_imports_no_torch():
-    code = "import sys; import src.predictor_plots, src.expert_cache; sys.exit('torch' in sys.modules)"
+    code = "import sys; import src.figures.predictors, src.journeys.expert_cache; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from src.base.text_data import Document, load_documents
 from src.gating import recall
-from src.gating.recall import TASKS, RecallExample, recall_rows, score_recall
+from src.gating.recall import TASKS, RecallExample, realised_shares, recall_rows, score_recall
 from src.hybrid.attach import attach_mamba_sidecar
 from src.hybrid.gates import MaskGate
 from src.hybrid.layer import attachment_of, record_gates, set_gate
@@ -21,6 +21,8 @@ COLUMNS = (
     "task length mode share_target share_realised examples answers accuracy ci_low ci_high vs_baseline "
     "vs_baseline_ci_low vs_baseline_ci_high chance"
 ).split()
+BASELINE = {"mode": "baseline", "share_target": 0.0}
+FIXED = {"mode": "fixed_0.5", "share_target": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +240,8 @@ def test_offline_masks_reach_their_examples(tmp_path):
     for document, layers in masks.items():
         for layer, mask in layers.items():
             assert np.array_equal(record.shares[document][layer], mask)
-    rows = recall_rows(table, baseline, "control_random_0.5", 0.5, record.shares, resamples=100)
+    columns = {"mode": "control_random_0.5", "share_target": 0.5}
+    rows = recall_rows(table, baseline, columns, realised_shares(table, record.shares), resamples=100)
     for row in rows:
         ids = [example.id for example in examples if (example.domain, len(example.ids)) == (row["task"], row["length"])]
         expected = np.mean(np.concatenate([mask for document in ids for mask in masks[document].values()]))
@@ -249,7 +252,7 @@ def test_rows_hold_ratios_of_sums_and_paired_intervals():
     examples = random_examples([30] * 40 + [50] * 3)
     baseline = score_recall(Copier(20), examples)
     better = baseline.assign(right=baseline["answers"])
-    rows = recall_rows(better, baseline, "fixed_0.5", 0.5, resamples=2_000)
+    rows = recall_rows(better, baseline, FIXED, {}, resamples=2_000)
     assert [list(row) for row in rows] == [COLUMNS] * 4
     assert [(row["task"], row["length"], row["examples"]) for row in rows] == [
         ("task0", 30, 20), ("task1", 30, 20), ("task0", 50, 2), ("task1", 50, 1)
@@ -261,7 +264,7 @@ def test_rows_hold_ratios_of_sums_and_paired_intervals():
     assert (row["accuracy"], row["ci_low"], row["ci_high"]) == (1.0, 1.0, 1.0)
     assert row["vs_baseline"] == pytest.approx(1 - accuracy)
     assert row["chance"] == pytest.approx((cell["chance"] * cell["answers"]).sum() / answers)
-    own = recall_rows(baseline, baseline, "baseline", 0.0, resamples=2_000)[0]
+    own = recall_rows(baseline, baseline, BASELINE, {}, resamples=2_000)[0]
     assert own["accuracy"] == pytest.approx(accuracy) and own["ci_low"] < accuracy < own["ci_high"]
     assert own["vs_baseline"] == own["vs_baseline_ci_low"] == own["vs_baseline_ci_high"] == 0.0
     # here the difference is 1 - accuracy in every resample
@@ -273,12 +276,12 @@ def test_rows_hold_ratios_of_sums_and_paired_intervals():
     alone = rows[3]
     assert alone["accuracy"] == 1.0 and np.isnan([alone["ci_low"], alone["vs_baseline_ci_high"]]).all()
     with pytest.raises(ValueError, match="same examples"):
-        recall_rows(better.iloc[::-1], baseline, "fixed_0.5", 0.5)
+        recall_rows(better.iloc[::-1], baseline, FIXED, {})
 
 
 def test_the_shipped_model_recalls_far_above_chance(documents):
     model, tokenizer = load_model("blockffn-tiny", "cpu", "float32")
     examples = [example for task in TASKS.values() for example in task(tokenizer, 256, 8, 0, documents)]
     table = score_recall(model, examples)
-    for row in recall_rows(table, table, "baseline", 0.0, resamples=1_000):
+    for row in recall_rows(table, table, BASELINE, {}, resamples=1_000):
         assert row["ci_low"] > 2 * row["chance"], row

@@ -11,6 +11,7 @@ from src.base import stats
 from src.gating.rule import Rule, compare, decide, judge, sums_of
 
 RULE = Rule(0.5, "previous", "middle", 3, 60, 0.2, 0.25, resamples=2_000)
+VARIANTS = {"routing_hard_0.5_lookahead": "lookahead", "routing_hard_0.5_shared": "shared"}
 INPUTS = {"signal": "previous", "layers": "middle"}
 
 
@@ -55,7 +56,13 @@ def documents(effects, seeds=(0, 1, 2), count=80, noise=0.05):
 
 
 def judged(sums, rule=RULE, margin=0.02, inputs=INPUTS, quick=False):
-    rows = [{"mode": mode, "perplexity": 10.0, "share_realised": 0.5} for mode in sums["mode"].unique()]
+    # kind, variant and share_target, not names, say which gates the first criterion compares; no variant is NaN in a
+    # table that was read from a file
+    rows = [
+        {"mode": mode, "kind": mode.split("_")[0], "variant": VARIANTS.get(mode, np.nan), "share_target": 0.5,
+         "perplexity": 10.0, "share_realised": 0.5}
+        for mode in sums["mode"].unique()
+    ]  # fmt: skip
     return judge(sums, pd.DataFrame(rows), rule, margin, inputs, quick)
 
 
@@ -116,6 +123,7 @@ def test_the_first_criterion_is_compared_with_the_rule():
             MODES["shuffled"]: 0.13,
             "fixed_0.5": 0.3,
             "routing_soft_0.5": 0.4,
+            "routing_hard_0.5_lookahead": 0.1,  # no leading gate: no part of the criterion
         }
     )
     criterion = judged(sums)["user_criterion"]

@@ -191,6 +191,23 @@ def test_hindsight_is_the_slope_of_the_scored_nll(model):
         attachment.on_batch([])
 
 
+def test_base_shares_are_averaged_in_both_estimates(model, monkeypatch):
+    """More base shares must not make cells dearer: the mean over them, exactly, in every window."""
+    text, shares = document(), (0.0, 0.25, 0.5)
+    each = [sensitivity.control_hindsight(model, [text], **WINDOWS, base_shares=(share,))["doc"] for share in shares]
+    several = sensitivity.control_hindsight(model, [text], **WINDOWS, base_shares=shares)["doc"]
+    for layer in LAYERS:
+        np.testing.assert_allclose(several[layer], np.mean([one[layer] for one in each], axis=0), rtol=1e-9)
+
+    def cells(_model, input_ids, _keep, base_share, _samples, _generator):
+        return {layer: np.full(tuple(input_ids.shape), layer + base_share) for layer in LAYERS}
+
+    monkeypatch.setattr(sensitivity, "fisher_cells", cells)  # whose labels depend on the base share's seed
+    found = sensitivity.fisher_sensitivity(model, [document(7)], 6, 6, base_shares=shares)["doc"]
+    for layer in LAYERS:
+        np.testing.assert_allclose(found[layer], np.full(6, layer + 0.25), rtol=1e-12)
+
+
 # ---------------------------------------------------------------- interventions
 
 
