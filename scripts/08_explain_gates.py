@@ -114,7 +114,7 @@ def measure(study: runs.Study, plans: list, estimator: str) -> tuple[list[dict],
 def write(study: runs.Study, arguments, correlations: list[dict], found: dict, validation: list[dict]) -> list[Path]:
     """The result files; what follows from the sums is derived from them as they were written."""
     folder, rule = study.session.folder, study.rule
-    meta = study.meta(**vars(BUDGET))
+    meta = study.meta(budget=vars(BUDGET))  # its resamples are not those of the command line
     own = tables.run_table(study.rows, runs.TARGET)
     written = [
         results.write_csv(folder / "sensitivity_validation.csv", validation, meta),
