@@ -169,8 +169,15 @@ def test_matched_random_masks_have_exactly_the_same_counts():
     again, other = gates.matched_random_masks(shares, seed=0), gates.matched_random_masks(shares, seed=1)
     assert all(np.array_equal(masks[d][k], again[d][k]) for d in shares for k in shares[d])
     assert any(not np.array_equal(masks[d][k], other[d][k]) for d in shares for k in shares[d])
-    assert not np.array_equal(masks["doc3"][2], masks["doc3"][5])
     assert gates.is_hard(MaskGate(masks)) and not gates.is_hard(MaskGate({"d": {0: np.array([0.5])}}))
+
+
+def test_matched_random_masks_differ_from_layer_to_layer_and_from_document_to_document():
+    """Also where the counts are the same: only the draw itself can tell these layers and documents apart."""
+    half = np.repeat(np.float32([1.0, 0.0]), 20)
+    masks = gates.matched_random_masks({name: {2: half, 5: half} for name in ("a", "b")}, seed=0)
+    drawn = [tuple(mask) for layers in masks.values() for mask in layers.values()]
+    assert all(sum(mask) == 20 for mask in drawn) and len(set(drawn)) == 4
 
 
 @pytest.mark.parametrize(

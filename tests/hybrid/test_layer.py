@@ -15,6 +15,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from src import mamba_sidecar as ms
 from src.base.text_data import TokenDocument
 from src.eval_utils import WindowRef
+from src.hybrid import sidecar
 from src.hybrid.gates import (
     FixedGate,
     LearnedGate,
@@ -763,8 +764,8 @@ def test_kernels_are_read_from_what_transformers_bound(tmp_path):
 
 
 def test_pytorch_scan_puts_everything_back():
-    before = [getattr(ms.modeling_mamba2, name) for name in ms.KERNEL_FUNCTIONS]
-    with pytest.raises(KeyError), ms.pytorch_scan():
-        assert all(getattr(ms.modeling_mamba2, name).__closure__ is None for name in ms.KERNEL_FUNCTIONS)
+    before = [getattr(sidecar.modeling_mamba2, name) for name in sidecar.KERNEL_FUNCTIONS]
+    with pytest.raises(KeyError), sidecar.pytorch_scan():
+        assert all(getattr(sidecar.modeling_mamba2, name).__closure__ is None for name in sidecar.KERNEL_FUNCTIONS)
         raise KeyError
-    assert [getattr(ms.modeling_mamba2, name) for name in ms.KERNEL_FUNCTIONS] == before
+    assert [getattr(sidecar.modeling_mamba2, name) for name in sidecar.KERNEL_FUNCTIONS] == before
