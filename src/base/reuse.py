@@ -106,8 +106,8 @@ class Pieces:
             self.reasons[label] = ["--restart"]
             return
         try:
-            earlier = json.loads(there[-1].read_text(encoding="utf-8"))["depends"]
-        except (ValueError, KeyError):
+            earlier = dict(json.loads(there[-1].read_text(encoding="utf-8"))["depends"])
+        except (ValueError, KeyError, TypeError):
             self.reasons[label] = ["a damaged file"]
             return
         now = self._all(depends)
