@@ -117,7 +117,7 @@ def test_json_refuses_what_it_cannot_write(tmp_path):
 
 
 def test_a_failed_write_leaves_the_earlier_file_and_no_rubbish(tmp_path, monkeypatch):
-    path = results.write_text(tmp_path / "a.txt", "earlier", make_meta())
+    path = results.write_json(tmp_path / "a.json", "earlier", make_meta())
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
     def no_space(*_):
@@ -125,7 +125,7 @@ def test_a_failed_write_leaves_the_earlier_file_and_no_rubbish(tmp_path, monkeyp
 
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(OSError, match="No space"):
-        results.write_text(path, "later", make_meta())
+        results.write_json(path, "later", make_meta())
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
@@ -164,67 +164,13 @@ def test_git_commit_is_that_of_this_repository_or_none(tmp_path, monkeypatch):
     assert make_meta()["git_commit"] is None
 
 
-# --- resume --------------------------------------------------------------------------------------------------------
-
-
-def test_finished_rows_give_the_same_bytes_again(tmp_path):
-    path = results.write_csv(tmp_path / "a.csv", ROWS, make_meta())
-    earlier = path.read_bytes()
-    rows = results.finished_rows(path, "alpha", make_meta(started=time.time() + 5))
-    assert list(rows["alpha"]) == ["baseline", "0.3"]
-    assert results.format_value(0.3) in set(rows["alpha"])
-    assert results.write_csv(path, rows, make_meta()).read_bytes() == earlier
-
-
 def test_many_floats_survive_reading_and_writing(tmp_path):
     numbers = np.random.default_rng(0).standard_normal(500) * 10.0 ** np.random.default_rng(1).integers(-12, 12, 500)
     path = results.write_csv(tmp_path / "a.csv", [{"k": i, "x": x} for i, x in enumerate(numbers)], make_meta())
-    earlier = path.read_bytes()
-    rows = results.finished_rows(path, "k", make_meta())
-    assert results.write_csv(path, rows, make_meta()).read_bytes() == earlier
-    np.testing.assert_allclose(rows["x"], numbers, rtol=1e-9)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"arguments": {"alpha": 0.4}},
-        {"model": {"sha256": "other"}},
-        {"data": None},
-        {"seeds": {"seed": 1}},
-        {"dtype": "float16"},
-        {"device": "meta"},
-    ],
-)
-def test_finished_rows_of_another_run_are_not_trusted(tmp_path, change):
-    path = results.write_csv(tmp_path / "a.csv", ROWS, make_meta())
-    assert results.finished_rows(path, "alpha", make_meta()) is not None
-    assert results.finished_rows(path, "alpha", make_meta(**change)) is None
-
-
-def test_finished_rows_need_a_whole_and_untouched_file(tmp_path):
-    path = tmp_path / "a.csv"
-    assert results.finished_rows(path, "alpha", make_meta()) is None
-    results.write_csv(path, ROWS, make_meta())
-    assert results.finished_rows(path, "no_such_column", make_meta()) is None
-    path.write_text(path.read_text().replace("12.3", "11.3"))  # edited, or the crash came between file and meta
-    assert results.finished_rows(path, "alpha", make_meta()) is None
-    results.write_csv(path, [ROWS[0], ROWS[0]], make_meta())
-    assert results.finished_rows(path, "alpha", make_meta()) is None
-    results.write_csv(path, ROWS, make_meta())
-    results.meta_path(path).write_text('{"arguments"')
-    assert results.finished_rows(path, "alpha", make_meta()) is None
-
-
-def test_finished_rows_with_two_keys_and_names_that_pandas_reads_as_missing(tmp_path):
-    rows = [
-        {"mode": "None", "seed": 0, "x": 1.5},
-        {"mode": "None", "seed": 1, "x": 2.5},
-        {"mode": "NA", "seed": 0, "x": None},
-    ]
-    path = results.write_csv(tmp_path / "a.csv", rows, make_meta())
-    frame = results.finished_rows(path, ["mode", "seed"], make_meta())
-    assert list(zip(frame["mode"], frame["seed"], strict=True)) == [("None", "0"), ("None", "1"), ("NA", "0")]
+    earlier, table = path.read_bytes(), pd.read_csv(path)
+    assert results.write_csv(path, table, make_meta()).read_bytes() == earlier
+    np.testing.assert_allclose(table["x"], numbers, rtol=1e-9)
+    np.testing.assert_array_equal(table["x"], results.as_written(numbers))
 
 
 # --- user errors ---------------------------------------------------------------------------------------------------
