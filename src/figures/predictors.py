@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from src.figures.journeys import NothingToDraw
+from src.figures.panels import NothingToDraw
 from src.figures.style import new_figure, plain
 
 BASELINE, HISTORY, HIDDEN = "baseline", "from the experts so far", "from hidden states"

@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 
 from src.base import results
 from src.figures import predictors, style
-from src.figures.journeys import NothingToDraw, read_result
+from src.figures.panels import NothingToDraw, read_result
 from src.journeys import expert_cache
 
 ROOT = Path(__file__).resolve().parents[2]
