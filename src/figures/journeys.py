@@ -1,37 +1,29 @@
-"""Every figure and table of the journey study, drawn from the files that 09 saved; no torch.
+"""Figures and tables of the use of experts, gates and transitions, and the findings in words.
 
-Each `plot_*` function takes what `read_result` returned, draws one matplotlib Figure and returns it; `*_table`
-functions return a DataFrame for display, `findings_text` plain text. Where a file is complete but has nothing for a
-figure (one layer, one data set, no token texts), `NothingToDraw` says why.
+Each `plot_*` function takes what `panels.read_result` returned, draws one matplotlib Figure and returns it; `*_table`
+functions return a DataFrame for display. Where a file is complete but has nothing for a figure (one layer, one data
+set, no token texts), `NothingToDraw` says why.
 
-"Layer" is the model's layer id, "the expert" of a layer its strongest one. Colours are Okabe and Ito's colour-blind
-safe set, cividis for amounts and ColorBrewer's PuOr (colour-blind safe, white = 0) for signed values; grey = no value.
+"Layer" is the model's layer id, "the expert" of a layer its strongest one. Signed values are in ColorBrewer's PuOr
+(colour-blind safe, white = 0); grey = no value.
 """
 
 import textwrap
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
 
 from src.figures.panels import (
-    AMOUNT_MAP,
-    BAND,
-    MARKERS,
-    SERIES,
-    SIGNED_MAP,
-    NothingToDraw,
     colours_for,
     counted,
     expert_grid,
-    expert_height,
+    expert_panels,
     heatmap,
-    layer_width,
+    named,
     number_text,
-    quoted,
     whole_numbers,
 )
-from src.figures.style import new_figure, plain
+from src.figures.style import MARKERS, SERIES, NothingToDraw, new_figure, plain
 
 
 def _listed(items, most=24):
@@ -48,7 +40,7 @@ def journey_names(examples):
 
 
 def plot_journey(examples, domain, number=0):
-    """One token: its experts at every layer (marker area = gate probability), and the probabilities by rank.
+    """One token as a heat map expert x layer: the experts chosen at every layer, and their gate probabilities.
 
     `examples`: example_journeys.npz; number: which of the domain's examples, from 0. Raises ValueError for an unknown
     domain, IndexError for a number beyond its examples.
@@ -61,71 +53,39 @@ def plot_journey(examples, domain, number=0):
     row = np.flatnonzero(examples["domain"] == domain)[number]
     layers = examples["layers"]
     experts = examples["experts"][row].astype(int)  # [L, K]
-    active = experts >= 0
-    gates = np.where(active, examples["gating_probs"][row].astype(float), np.nan)  # [L, K]
-    slots = experts.shape[1]
-    colours = colours_for(slots)
-    figure, (top, bottom) = new_figure(layer_width(len(layers), 8.0), 5.8, 2, 1, height_ratios=[2.2, 1])
-    path = np.where(active[:, 0], experts[:, 0], np.nan)
-    top.plot(layers, path, color=colours[0], lw=1.2, alpha=0.6, zorder=1)
-    base = np.zeros(len(layers))
-    for rank in range(slots - 1, -1, -1):  # the strongest on top
-        seen = active[:, rank]
-        area = 24 + 130 * np.nan_to_num(gates[seen, rank], nan=0.4)
-        top.scatter(
-            layers[seen], experts[seen, rank], s=area, color=colours[rank], marker=MARKERS[rank % len(MARKERS)],
-            edgecolor="white", lw=0.6, label=f"rank {rank + 1}", zorder=3 + slots - rank,
-        )  # fmt: skip
-    for rank in range(slots):
-        height = np.nan_to_num(gates[:, rank])
-        bottom.bar(layers, height, bottom=base, color=colours[rank], width=0.8, edgecolor="white", lw=0.4)
-        base += height
-    handles, labels = top.get_legend_handles_labels()
-    top.legend(
-        handles[::-1], labels[::-1], fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), title="choice",
-        frameon=False,
-    )  # fmt: skip
-    highest = int(examples["experts"].max())  # of all examples: the same scale for every journey
-    top.set_ylim(-0.6, highest + 0.6)
-    top.yaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
-    top.set_ylabel("expert")
-    bottom.set_ylabel("gate probability")
-    bottom.set_ylim(0, 1)
-    for axes in (top, bottom):
-        axes.set_xlim(layers[0] - 0.6, layers[-1] + 0.6)
-        axes.set_xlabel("layer")
-        whole_numbers(axes)
-    if not np.isfinite(gates).any():
-        bottom.text(0.5, 0.5, "no gate probabilities recorded", ha="center", va="center", transform=bottom.transAxes)
-    text = f", token {quoted(examples['token'][row], 30)}" if examples["token"][row] else ""
+    gates = np.where(experts >= 0, examples["gating_probs"][row].astype(float), np.nan)
+    recorded = np.isfinite(gates).any()
+    rows = int(examples["experts"].max()) + 1  # of all examples: the same scale for every journey
+    values = np.full((rows, len(layers)), np.nan)
+    for layer, slot in np.argwhere(experts >= 0):
+        values[experts[layer, slot], layer] = gates[layer, slot] if recorded else 1.0
     strongest = gates[:, 0][np.isfinite(gates[:, 0])]
-    confidence = f"mean probability of the strongest {strongest.mean():.2f}" if len(strongest) else "no probabilities"
-    top.set_title(
+    confidence = f"mean probability of the strongest {strongest.mean():.2f}" if recorded else "no gate probabilities"
+    text = f", token '{plain(examples['token'][row], 30)}'" if examples["token"][row] else ""
+    used = experts[experts[:, 0] >= 0, 0]
+    title = (
         f"{plain(domain)}, problem {examples['problem_id'][row]}, position {examples['token_idx'][row]}{text}\n"
-        f"{len(np.unique(path[np.isfinite(path)]))} different experts over {counted(len(layers))}, {confidence} "
-        "(marker area: gate probability)",
-        fontsize=10,
+        f"{len(np.unique(used))} different strongest experts over {counted(len(layers))}, {confidence}"
     )
-    return figure
+    label = "gate probability (grey: not chosen)" if recorded else "chosen (grey: not chosen)"
+    grid = (values, range(rows), layers, title, label, (0.0, 1.0))
+    return expert_panels([grid], ".2f" if recorded else None, least=8.0)[0]
 
 
 def plot_expert_distribution(distribution):
     """Heat map expert x layer of the share of tokens whose strongest expert it is; below, of all experts chosen.
 
     `distribution`: expert_distribution.csv. With one expert per token there is one panel."""
-    strongest, experts, layers = expert_grid(distribution, "percent")
-    panels = [(strongest, "Strongest expert", "share of tokens (%)")]
-    if not distribution["count"].equals(distribution["count_topk"]):
-        panels.append((expert_grid(distribution, "percent_topk")[0], "All experts chosen", "share of choices (%)"))
-    height = expert_height(len(experts))
-    figure, axes = new_figure(layer_width(len(layers)), len(panels) * (height + 0.9) + 0.2, len(panels), 1)
-    for panel, (values, title, label) in zip(np.atleast_1d(axes), panels, strict=True):
-        numbers = ".0f" if len(layers) <= 10 and len(experts) <= 16 else None
-        heatmap(panel, values, label, experts, layers, limits=(0.0, np.nanmax(values)), numbers=numbers)
-        panel.set_title(f"{title} (even use: {100 / len(experts):.3g} %)", fontsize=10)
-        panel.set_xlabel("layer")
-        panel.set_ylabel("expert")
-    return figure
+    grids = []
+    for column, title, label in (
+        ("percent", "Strongest expert", "share of tokens (%)"),
+        ("percent_topk", "All experts chosen", "share of choices (%)"),
+    ):
+        values, experts, layers = expert_grid(distribution, column)
+        title = f"{title} (even use: {100 / len(experts):.3g} %)"
+        grids.append((values, experts, layers, title, label, (0.0, np.nanmax(values))))
+    same = distribution["count"].equals(distribution["count_topk"])
+    return expert_panels(grids[:1] if same else grids)[0]
 
 
 def plot_load_balance(balance):
@@ -142,9 +102,7 @@ def plot_load_balance(balance):
             rows = balance[balance["choice"] == choice]
             axes.plot(rows["layer"], rows[column], line, color=colour, marker=marker, ms=4, label=name)
         axes.axhline(even, color="black", lw=1)
-        axes.set_xlabel("layer")
-        axes.set_ylabel(label)
-        axes.set_title(title, fontsize=10)
+        named(axes, "layer", label, title)
         whole_numbers(axes)
     panels[0].legend(fontsize=8.5)
     return figure
@@ -179,23 +137,18 @@ def plot_gate_confidence(confidence, histogram, findings):
         rows = layers[layers["rank"] == rank]
         if len(ranks) <= 3 or rank == ranks[0]:
             band = (rows["mean"] - rows["std"], rows["mean"] + rows["std"])
-            middle.fill_between(rows["layer"], *band, color=colour, alpha=BAND, lw=0)
+            middle.fill_between(rows["layer"], *band, color=colour, alpha=0.18, lw=0)
         middle.plot(rows["layer"], rows["mean"], "-", color=colour, marker=marker, ms=4, label=f"rank {rank}")
     first = layers[layers["rank"] == ranks[0]]
     right.bar(first["layer"], first["percent_above"], color=colours[0], width=0.75)
     right.axhline(overall.loc[ranks[0], "percent_above"], color="black", ls="--", lw=1.2, label="all layers together")
     left.set_xlim(0, highest)
-    left.set_xlabel("gate probability")
-    left.set_ylabel("share of decisions (%)")
-    left.set_title("All layers together (dashed: mean)", fontsize=10)
+    named(left, "gate probability", "share of decisions (%)", "All layers together (dashed: mean)")
     middle.set_ylim(0, highest)
-    middle.set_ylabel("gate probability")
-    middle.set_title("Mean by layer (band: one standard deviation)", fontsize=10)
+    named(middle, "layer", "gate probability", "Mean by layer (band: one standard deviation)")
     right.set_ylim(0, min(100, max(5, 1.25 * np.nanmax([*first["percent_above"], 1]))))
-    right.set_ylabel("share of decisions (%)")
-    right.set_title(f"Confident decisions: strongest above {threshold:g}", fontsize=10)
+    named(right, "layer", "share of decisions (%)", f"Confident decisions: strongest above {threshold:g}")
     for axes in (middle, right):
-        axes.set_xlabel("layer")
         whole_numbers(axes)
         axes.legend(fontsize=8)
     left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
@@ -234,23 +187,22 @@ def plot_transitions(transitions, source_layers=None):
     for axes, index, values in zip(panels, chosen, probabilities, strict=True):
         numbers = ".2f" if size <= 10 else None
         heatmap(axes, values, "", range(size), range(size), limits=limits, numbers=numbers, bar=False, square=True)
-        axes.set_xlabel(f"expert at layer {layers[index + 1]}")
-        axes.set_ylabel(f"expert at layer {layers[index]}")
-        axes.set_title(f"Layer {layers[index]} to {layers[index + 1]}", fontsize=10)
+        source, target = layers[index], layers[index + 1]
+        named(axes, f"expert at layer {target}", f"expert at layer {source}", f"Layer {source} to {target}")
     figure.colorbar(panels[-1].collections[0], ax=list(panels), label="P(target | source)", shrink=0.85)
     return figure
 
 
-def _pair_panels(rows, columns, layers, parts):
-    """Square heat maps layer x layer: parts = (values [L, L], title, label, cmap, limits)."""
-    side, names = (3.2, 1.1) if len(layers) <= 8 else (4.4, 0.75)  # of a map; title, ticks and name above and below
-    figure, axes = new_figure(columns * (side + 1.4), rows * (side + names), rows, columns)
+def _pair_panels(shape, layers, names, parts):
+    """Square heat maps layer x layer; names: of x and y; parts: (values [L, L], title, label, limits) of each map."""
+    side, beside = (3.2, 1.1) if len(layers) <= 8 else (4.4, 0.75)  # of a map; title, ticks and name above and below
+    figure, axes = new_figure(shape[1] * (side + 1.4), shape[0] * (side + beside), *shape)
     numbers = ".2f" if len(layers) <= 8 else None
-    for panel, (values, title, label, cmap, limits) in zip(np.ravel(axes), parts, strict=True):
+    for panel, (values, title, label, limits) in zip(np.ravel(axes), parts, strict=True):
         values = np.where(np.eye(len(layers), dtype=bool), np.nan, values)
-        heatmap(panel, values, label, layers, layers, cmap=cmap, limits=limits, numbers=numbers, square=True)
-        panel.set_title(title, fontsize=10)
-    return figure, np.ravel(axes)
+        heatmap(panel, values, label, layers, layers, limits=limits, numbers=numbers, square=True)
+        named(panel, *names, title)
+    return figure
 
 
 def _span(*matrices, low=None):
@@ -271,27 +223,20 @@ def plot_affinity(affinity):
     """
     layers = affinity["layers"].tolist()
     _needs_layers(layers)
-    gain = affinity["weighted"] - affinity["majority"]
-    shared = _span(affinity["reference"], affinity["weighted"])
-    figure, panels = _pair_panels(
-        2,
-        2,
-        layers,
-        (
-            (affinity["reference"], "Reference: mean over source experts of the largest\ntransition probability",
-             "mean probability", AMOUNT_MAP, shared),
-            (affinity["weighted"], "Weighted by how often source experts occur\n(= share predicted right, in-sample)",
-             "share of tokens", AMOUNT_MAP, shared),
-            (gain, "Weighted minus majority: gain over naming the\ntarget's most common expert", "share of tokens",
-             AMOUNT_MAP, _span(gain, low=0.0)),
-            (affinity["nmi"], "Normalised mutual information\n(0 = independent, 1 = each determines the other)", "NMI",
-             AMOUNT_MAP, _span(affinity["nmi"], low=0.0)),
-        ),
+    reference, weighted, nmi = (affinity[name] for name in ("reference", "weighted", "nmi"))
+    gain = weighted - affinity["majority"]
+    shared = _span(reference, weighted)
+    parts = (
+        (reference, "Reference: mean over source experts of the largest\ntransition probability", "mean probability",
+         shared),
+        (weighted, "Weighted by how often source experts occur\n(= share predicted right, in-sample)",
+         "share of tokens", shared),
+        (gain, "Weighted minus majority: gain over naming the\ntarget's most common expert", "share of tokens",
+         _span(gain, low=0.0)),
+        (nmi, "Normalised mutual information\n(0 = independent, 1 = each determines the other)", "NMI",
+         _span(nmi, low=0.0)),
     )  # fmt: skip
-    for panel in panels:
-        panel.set_xlabel("target layer")
-        panel.set_ylabel("source layer")
-    return figure
+    return _pair_panels((2, 2), layers, ("target layer", "source layer"), parts)
 
 
 def plot_correlation(correlation):
@@ -306,23 +251,13 @@ def plot_correlation(correlation):
         correlation[name] for name in ("id_correlation", "id_correlation_relabelled", "cramers_v")
     )
     bound = max(abs(limit) for limit in _span(ids, shuffled))
-    signed = (-bound, bound)
-    figure, panels = _pair_panels(
-        1,
-        3,
-        layers,
-        (
-            (ids, "Pearson r of expert ids (the reference's)", "Pearson r", SIGNED_MAP, signed),
-            (shuffled, "The same tokens, experts renumbered at random:\nr changes, the model does not", "Pearson r",
-             SIGNED_MAP, signed),
-            (cramers_v, "Cramér's V: independent of the numbering", "Cramér's V", AMOUNT_MAP,
-             _span(cramers_v, low=0.0)),
-        ),
-    )  # fmt: skip
-    for panel in panels:
-        panel.set_xlabel("layer")
-        panel.set_ylabel("layer")
-    return figure
+    renumbered = "The same tokens, experts renumbered at random:\nr changes, the model does not"
+    parts = (
+        (ids, "Pearson r of expert ids (the reference's)", "Pearson r", (-bound, bound)),
+        (shuffled, renumbered, "Pearson r", (-bound, bound)),
+        (cramers_v, "Cramér's V: independent of the numbering", "Cramér's V", _span(cramers_v, low=0.0)),
+    )
+    return _pair_panels((1, 3), layers, ("layer", "layer"), parts)
 
 
 def transition_table(findings):
@@ -344,9 +279,9 @@ def transition_table(findings):
 def strong_transition_table(strong, most=20):
     """The likeliest transitions between neighbouring layers. `strong`: strong_transitions.csv.
 
-    Raises NothingToDraw where none is above 09's threshold."""
+    Raises NothingToDraw where none is likely enough."""
     if strong.empty:
-        raise NothingToDraw("no transition is likelier than 09's --strong-percent")
+        raise NothingToDraw("no transition is likelier than --strong-percent of scripts/journeys/02_analyze.py")
     table = strong.sort_values(["percent", "count"], ascending=False, kind="stable").head(most)
     return pd.DataFrame(
         {
@@ -397,21 +332,15 @@ def findings_text(findings, width=110):
     affinity = findings["affinity"]
     if affinity["adjacent"] is not None:
         far = affinity["non_adjacent"]
-        others = (
-            f", of others {far:.3f} ({affinity['adjacent_advantage_percent']:+.1f} % for neighbours)" if far else ""
-        )
+        gain = affinity["adjacent_advantage_percent"]
+        others = f", of others {far:.3f} ({gain:+.1f} % for neighbours)" if far else ""
         parts.append(f"Affinity (the reference's measure) of neighbouring layers {affinity['adjacent']:.3f}{others}.")
     accuracy = [f"{value:.1f} % at {hop}" for hop, value in findings["hop_accuracy_percent"].items()]
     if accuracy:
         low = findings["low_accuracy"]
-        parts.append(
-            f"In-sample accuracy by layers ahead: {', '.join(accuracy)}; "
-            + (
-                f"under {low['below_percent']:g} % for the first time at {low['hop']}."
-                if low["reached"]
-                else f"never under {low['below_percent']:g} %."
-            )
-        )
+        below = f"under {low['below_percent']:g} %"
+        when = f"{below} for the first time at {low['hop']}" if low["reached"] else f"never {below}"
+        parts.append(f"In-sample accuracy by layers ahead: {', '.join(accuracy)}; {when}.")
     best = findings["most_predictable"]
     if best is not None:
         strong = [f"E{s['source_expert']} to E{s['target_expert']} ({s['percent']:.1f} %)" for s in best["strong"]]

@@ -1,66 +1,69 @@
-"""What figures of journeys and of predictors share: files, numbers as text, heat maps over layers; no torch."""
+"""What figures of journeys and of predictors share: reading their files, numbers as text, heat maps over layers."""
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import MaxNLocator
 
-from src.figures.style import plain, sparse_labels
+from src.figures import style
 
-SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-MARKERS = "osD^vPX"
-AMOUNT_MAP = "cividis"
-SIGNED_MAP = "PuOr"
+AMOUNT_MAP = style.SPARSITY_MAP
 NO_VALUE = "0.82"  # grey of cells without a value
-BAND = 0.18  # opacity of bands
-# Columns that stay text whatever they hold: a token may read "null" or "1", a path "6".
-TEXT_COLUMNS = (
-    "choice", "domain", "domain_a", "domain_b", "nearest", "path", "positions", "prefers", "token", "token_texts",
-)  # fmt: skip
 
 
-class NothingToDraw(ValueError):
-    """A result file holds nothing that this figure could show; the message says why."""
-
-
-# -- files
 def read_result(path, script="journeys/02_analyze.py"):
-    """Read one result file; where it is missing, print which script writes it and return None.
+    """Read one result file as `style.read_result` does, with layers as numbers where every row is of one layer."""
+    content = style.read_result(path, script)
+    if isinstance(content, pd.DataFrame) and "layer" in content and "all" not in set(content["layer"]):
+        content["layer"] = pd.to_numeric(content["layer"])
+    return content
 
-    path: .csv -> DataFrame (TEXT_COLUMNS stay text, an empty cell of the others is NaN), .json -> dict, .npz -> dict of
-    arrays. Raises ValueError for another suffix.
-    """
-    path = Path(path)
-    if path.suffix not in (".csv", ".json", ".npz"):
-        raise ValueError(f"{path.name}: results are .csv, .json or .npz")
-    if not path.is_file():
-        print(f"{path.name} is not there yet. Run: python scripts/{script}")
-        return None
-    if path.suffix == ".json":
-        return json.loads(path.read_text(encoding="utf-8"))
-    if path.suffix == ".npz":
-        with np.load(path) as archive:
-            return {name: archive[name] for name in archive.files}
-    table = pd.read_csv(
-        path,
-        dtype=dict.fromkeys(TEXT_COLUMNS, str),
-        keep_default_na=False,
-        na_values=[""],
-        lineterminator="\n",  # a token may be a carriage return
-    )
-    text = [column for column in TEXT_COLUMNS if column in table]
-    table[text] = table[text].fillna("")
-    return table
+
+# -- numbers as text
+def number_text(value, form="{:.1f}"):
+    """A number as text, "-" where there is none."""
+    return "-" if value is None or not math.isfinite(float(value)) else form.format(float(value))
+
+
+def interval_texts(low, high, factor=1, form="{:.1f}"):
+    """Intervals as a column of a table, in units of 1 / `factor`; "-" where there is none."""
+    ends = zip(factor * low, factor * high, strict=True)
+    return [f"{form.format(a)} to {form.format(b)}" if math.isfinite(a) else "-" for a, b in ends]
+
+
+def percent_texts(shares, form="{:.1f}"):
+    """Shares of 1 as a column of percentages; "-" where there is none."""
+    return [number_text(100 * share, form) for share in shares]
+
+
+def counted(count, noun="layer"):
+    """A count with its noun: `1 layer`, `2 layers`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 # -- parts of figures
+def named(axes, x, y, title=None):
+    """Name both axes, and the panel where it has a title."""
+    axes.set(xlabel=x, ylabel=y)
+    if title is not None:
+        axes.set_title(title, fontsize=10)
+
+
+def whole_numbers(axes):
+    """Ticks of x at whole numbers only: layers, hops."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def legend_right(axes, title=None):
+    """Legend to the right of the panel, so that it covers no line."""
+    axes.legend(fontsize=8.5, title=title, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
 def colours_for(count):
     """`count` colours for lines side by side."""
-    return SERIES[:count] if count <= len(SERIES) else sns.color_palette(AMOUNT_MAP, count)
+    return style.SERIES[:count] if count <= len(style.SERIES) else sns.color_palette(AMOUNT_MAP, count)
 
 
 def layer_width(layers, least=7.0):
@@ -68,38 +71,23 @@ def layer_width(layers, least=7.0):
     return min(max(least, 2.6 + 0.3 * layers), 15.0)
 
 
-def expert_height(experts):
-    """Height in inches of a heat map with one row per expert."""
-    return min(max(1.5, 0.24 * experts), 9.0)
-
-
-def whole_numbers(axes):
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def heatmap(axes, values, label, rows, columns, *, cmap=AMOUNT_MAP, limits=None, numbers=None, bar=True, square=False):
+def heatmap(axes, values, label, rows, columns, *, limits=None, numbers=None, bar=True, square=False):
     """Heat map of values [rows, columns]; NaN is grey, labels are thinned, `numbers` is a format where cells get one.
 
-    label: of the colour bar (none if `bar` is false). limits: (low, high), else those of the values.
+    label: of the colour bar (none if `bar` is false). limits: (low, high), else those of the values; with (-x, x) the
+    values are signed, and white is 0.
     """
     values = np.asarray(values, dtype=float)
     known = values[np.isfinite(values)]
     low, high = limits or ((known.min(), known.max()) if known.size else (0.0, 1.0))
     sns.heatmap(
-        values,
-        ax=axes,
-        cmap=cmap,
-        vmin=low,
-        vmax=high if high > low else low + 1e-9,
-        annot=numbers is not None,
-        fmt=numbers or "",
-        annot_kws={"fontsize": 8},
-        cbar=bar,
-        cbar_kws={"label": label} if bar else None,
-        square=square,
-        xticklabels=sparse_labels(list(columns), 18 if square else 34),
-        yticklabels=sparse_labels(list(rows), 18),
-    )
+        values, ax=axes, cmap=style.SIGNED_MAP if low == -high < 0 else AMOUNT_MAP, vmin=low,
+        vmax=high if high > low else low + 1e-9, square=square,
+        annot=numbers is not None, fmt=numbers or "", annot_kws={"fontsize": 8},
+        cbar=bar, cbar_kws={"label": label} if bar else None,
+        xticklabels=style.sparse_labels(list(columns), 18 if square else 34),
+        yticklabels=style.sparse_labels(list(rows), 18),
+    )  # fmt: skip
     axes.tick_params(axis="both", rotation=0, labelsize=8.5, length=0)
     axes.grid(visible=False)
     axes.set_facecolor(NO_VALUE)
@@ -111,15 +99,24 @@ def expert_grid(table, column):
     return grid.to_numpy(float), list(grid.index), list(grid.columns)
 
 
-def quoted(token, width=16):
-    """A token in quotes, so that its spaces show."""
-    return f"'{plain(token, width)}'"
+def expert_panels(grids, numbers=".0f", least=7.0):
+    """A figure of heat maps expert x layer, one below the other.
 
+    Args:
+        grids: (values [E, L], expert ids, layer ids, title, label of the colour bar, limits) for each panel; the layers
+            and experts of all are the same.
+        numbers: the format of numbers in cells, where there are few enough of them.
+        least: width in inches of few layers.
 
-def counted(count, noun="layer"):
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def number_text(value, form="{:.1f}"):
-    """A number as text, "-" where there is none."""
-    return "-" if value is None or not math.isfinite(float(value)) else form.format(float(value))
+    Returns:
+        (figure, axes of the panels, whether cells hold numbers).
+    """
+    _, experts, layers, *_ = grids[0]
+    height = min(max(1.5, 0.24 * len(experts)), 9.0)
+    figure, axes = style.new_figure(layer_width(len(layers), least), len(grids) * (height + 1.1), len(grids), 1)
+    few = len(layers) <= 10 and len(experts) <= 16
+    panels = np.atleast_1d(axes)
+    for panel, (values, _, _, title, label, limits) in zip(panels, grids, strict=True):
+        heatmap(panel, values, label, experts, layers, limits=limits, numbers=numbers if few else None)
+        named(panel, "layer", "expert", title)
+    return figure, panels, few

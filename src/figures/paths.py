@@ -1,11 +1,9 @@
-"""Figures and tables of paths, tokens, positions and domains: what routing depends on, and what it foretells; no torch.
+"""Figures and tables of paths, tokens, positions and domains: what routing depends on, and what it foretells.
 
 Each `plot_*` function takes what `panels.read_result` returned, draws one matplotlib Figure and returns it; `*_table`
 functions return a DataFrame for display. Where a file is complete but has nothing for a figure (one layer, one data
 set, no token texts), `NothingToDraw` says why. "The expert" of a layer is its strongest one.
 """
-
-import math
 
 import matplotlib
 import numpy as np
@@ -13,21 +11,20 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from src.figures.panels import (
-    MARKERS,
-    SERIES,
-    SIGNED_MAP,
-    NothingToDraw,
     colours_for,
     counted,
     expert_grid,
-    expert_height,
+    expert_panels,
     heatmap,
+    interval_texts,
     layer_width,
+    legend_right,
+    named,
     number_text,
-    quoted,
+    percent_texts,
     whole_numbers,
 )
-from src.figures.style import new_figure, plain
+from src.figures.style import BLACK, MARKERS, SERIES, SIGNIFICANT, NothingToDraw, new_figure, plain, reach
 
 
 def _log_if_wide(axes, values):
@@ -59,113 +56,54 @@ def plot_hop_accuracy(hops):
     if not len(hops):
         raise NothingToDraw("one layer only: there is no layer ahead")
     figure, axes = new_figure(10, 4.8)
-    axes.plot(hops["hop"], hops["accuracy"], "-o", color=SERIES[1], ms=4.5, label="in-sample (as the reference)")
     if hops["held_out_accuracy"].notna().any():
-        centre = hops["held_out_accuracy"]
-        reach = [np.maximum(centre - hops["ci_low"], 0), np.maximum(hops["ci_high"] - centre, 0)]
         axes.errorbar(
-            hops["hop"], centre, yerr=np.nan_to_num(reach), color=SERIES[0], marker="s", ms=4.5, capsize=2.5,
-            label="held-out problems (bars: 95 %, problems)",
+            hops["hop"], hops["held_out_accuracy"], yerr=reach(hops, "held_out_accuracy", "ci_low", "ci_high"),
+            color=SERIES[0], marker="s", ms=4.5, capsize=2.5, label="held-out problems (bars: 95 %, problems)",
         )  # fmt: skip
-        axes.plot(
-            hops["hop"], hops["held_out_majority"], "--", color=SERIES[2], marker="D", ms=3,
-            label="most common expert, held-out problems",
-        )  # fmt: skip
-    axes.plot(hops["hop"], hops["majority"], ":", color=SERIES[3], marker="^", ms=3.5, label="most common, in-sample")
-    axes.plot(hops["hop"], hops["random"], "-", color="black", lw=1.2, label="random expert")
+    for column, form, colour, label in (
+        ("accuracy", "-o", SERIES[1], "in-sample (as the reference)"),
+        ("held_out_majority", "--D", SERIES[2], "most common expert, held-out problems"),
+        ("majority", ":^", SERIES[3], "most common, in-sample"),
+        ("random", "-", BLACK, "random expert"),
+    ):
+        if hops[column].notna().any():
+            axes.plot(hops["hop"], hops[column], form, color=colour, ms=4, label=label)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("layers ahead")
-    axes.set_ylabel("right predictions (%)")
-    axes.set_title("The most frequent transition as prediction of the strongest expert", fontsize=10)
+    title = "The most frequent transition as prediction of the strongest expert"
+    named(axes, "layers ahead", "right predictions (%)", title)
     whole_numbers(axes)
-    handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("held-out"))  # of lines, bars come last
-    axes.legend(
-        [handles[i] for i in order], [labels[i] for i in order], fontsize=8.5, loc="upper left",
-        bbox_to_anchor=(1.0, 1.0), frameon=False,
-    )  # fmt: skip
+    legend_right(axes)
     return figure
 
 
 # -- paths
 def plot_paths(paths):
-    """How many different paths tokens take: by first layer (left), and mean and range by length (right). paths.csv."""
+    """How many different paths tokens take, by first layer: a line for each length of the path. paths.csv."""
     lengths = sorted(paths["length"].unique())
-    tokens = int(paths["tokens"].iloc[0])
-    figure, (left, right) = new_figure(11.5, 4.2, 1, 2, width_ratios=[1.5, 1])
+    figure, axes = new_figure(9, 4.2)
     for length, colour, marker in zip(lengths, colours_for(len(lengths)), MARKERS * len(lengths), strict=False):
         rows = paths[paths["length"] == length].sort_values("start_layer")
-        left.plot(
-            rows["start_layer"], 100 * rows["uniqueness_ratio"], "-", color=colour, marker=marker, ms=5,
-            label=counted(length),
-        )  # fmt: skip
-        unique = rows["unique_paths"]
-        reach = [[unique.mean() - unique.min()], [unique.max() - unique.mean()]]
-        place = lengths.index(length)
-        right.bar(place, unique.mean(), color=colour, width=0.65)
-        if len(unique) > 1:
-            right.errorbar(place, unique.mean(), yerr=reach, color="black", capsize=4, lw=1.2)
-    note = _log_if_wide(left, 100 * paths["uniqueness_ratio"])
+        share = 100 * rows["uniqueness_ratio"]
+        axes.plot(rows["start_layer"], share, "-", color=colour, marker=marker, ms=5, label=counted(length))
+    note = _log_if_wide(axes, 100 * paths["uniqueness_ratio"])
     if not note:
-        left.set_ylim(0, 104)
-    left.set_xlabel("first layer of the path")
-    left.set_ylabel(f"different paths (% of the tokens){note}")
-    left.set_title("How unique paths of some layers are (100 %: no two tokens alike)", fontsize=10)
-    left.legend(fontsize=8.5, title="length", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    whole_numbers(left)
-    note = _log_if_wide(right, [*paths["unique_paths"], tokens])
-    right.axhline(tokens, color="black", ls="--", lw=1.2, label=f"{tokens:,} tokens")
-    right.set_ylim(top=(3 if note else 1.2) * tokens)  # room for the legend
-    right.set_xticks(range(len(lengths)), [str(length) for length in lengths])
-    right.set_xlabel("length of the path (layers)")
-    right.set_ylabel(f"different paths{note}")
-    right.set_title("Mean and range over first layers", fontsize=10)
-    right.legend(fontsize=8.5, loc="upper left")
-    right.grid(axis="x", visible=False)
+        axes.set_ylim(0, 104)
+    title = f"How unique paths of some layers are (100 %: no two of {int(paths['tokens'].iloc[0]):,} tokens alike)"
+    named(axes, "first layer of the path", f"different paths (% of the tokens){note}", title)
+    legend_right(axes, title="length")
+    whole_numbers(axes)
     return figure
 
 
-def plot_top_paths(top_paths):
-    """The most common paths of each length, as bars of the share of tokens. `top_paths`: top_paths.csv."""
-    lengths = sorted(top_paths["length"].unique())
-    columns = min(2, len(lengths))
-    rows = math.ceil(len(lengths) / columns)
-    most = int(top_paths["rank"].max())
-    figure, axes = new_figure(6.2 * columns, rows * (1.0 + 0.27 * most), rows, columns)
-    panels = np.ravel(axes)
-    for panel, length in zip(panels, lengths, strict=False):
-        table = top_paths[top_paths["length"] == length]
-        panel.barh(range(len(table)), table["percent"], color=SERIES[0], height=0.7)
-        labels = [
-            _short_path(path) if length == lengths[-1] else f"from layer {start}: {_short_path(path)}"
-            for path, start in zip(table["path"], table["start_layer"], strict=True)
-        ]
-        panel.set_yticks(range(len(table)), labels, fontsize=8.5)
-        for row, count in enumerate(table["count"]):
-            panel.text(table["percent"].iloc[row], row, f" {count:,}", va="center", fontsize=8)
-        panel.set_xlim(0, 1.18 * table["percent"].max())
-        panel.set_ylim(most - 0.4, -0.6)
-        panel.set_xlabel("share of tokens (%); number: tokens")
-        panel.set_ylabel("strongest experts, layer by layer")
-        whole = ", the whole journey" if length == lengths[-1] else ""
-        panel.set_title(f"{counted(length)}{whole}", fontsize=10)
-        panel.grid(axis="y", visible=False)
-    for panel in panels[len(lengths) :]:
-        panel.set_axis_off()
-    return figure
-
-
-def path_table(top_paths, length=None):
-    """The most common paths of one length (default: the whole journey) for display: path, tokens, share, texts."""
-    length = top_paths["length"].max() if length is None else length
-    table = top_paths[top_paths["length"] == length]
-    if table.empty:
-        lengths = ", ".join(str(value) for value in sorted(top_paths["length"].unique()))
-        raise ValueError(f"no paths of {length} layers are listed, only of {lengths}")
+def path_table(top_paths, most=10):
+    """The most common paths of every length for display, at most `most` of each. `top_paths`: top_paths.csv."""
+    table = top_paths[top_paths["rank"] <= most]
     return pd.DataFrame(
         {
-            "path": [_short_path(path, 14) for path in table["path"]],
+            "layers": table["length"].to_numpy(),
             "first layer": table["start_layer"].to_numpy(),
+            "path": [_short_path(path, 14) for path in table["path"]],
             "tokens": table["count"].to_numpy(),
             "share (%)": [f"{value:.2f}" for value in table["percent"]],
             "token texts": table["token_texts"].to_numpy(),
@@ -175,6 +113,13 @@ def path_table(top_paths, length=None):
 
 
 # -- tokens and positions
+def _against_chance(axes, table, column, chance, labels):
+    """Two columns of shares by layer, in percent: what was found, and what chance alone gives."""
+    axes.plot(table["layer"], 100 * table[column], "-o", color=SERIES[0], ms=4.5, label=labels[0])
+    axes.plot(table["layer"], 100 * table[chance], "--s", color=SERIES[1], ms=3.5, label=labels[1])
+    whole_numbers(axes)
+
+
 def plot_consecutive_tokens(consecutive):
     """How often neighbouring tokens share experts, by layer, against two independent tokens. consecutive_tokens.csv.
 
@@ -188,18 +133,11 @@ def plot_consecutive_tokens(consecutive):
         ("overlap", "experts in common (% of those chosen)", "Experts in common"),
     )
     for axes, (column, label, title) in zip(panels, parts, strict=True):
-        axes.plot(
-            consecutive["layer"], 100 * consecutive[column], "-o", color=SERIES[0], ms=4.5, label="neighbouring tokens"
+        _against_chance(
+            axes, consecutive, column, f"{column}_chance", ("neighbouring tokens", "two independent tokens")
         )
-        axes.plot(
-            consecutive["layer"], 100 * consecutive[f"{column}_chance"], "--s", color=SERIES[1], ms=3.5,
-            label="two independent tokens",
-        )  # fmt: skip
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("layer")
-        axes.set_ylabel(label)
-        axes.set_title(f"{title}, {int(consecutive['pairs'].max()):,} pairs", fontsize=10)
-        whole_numbers(axes)
+        named(axes, "layer", label, f"{title}, {int(consecutive['pairs'].max()):,} pairs")
     panels[0].legend(fontsize=8.5)
     return figure
 
@@ -222,9 +160,7 @@ def plot_positions(positions, by_layer):
     numbers = ".2f" if len(layers) <= 10 else None
     limits = (0.0, max(float(known.max()), 1e-3))
     heatmap(left, grid, "Jensen-Shannon distance", labels, layers, limits=limits, numbers=numbers)
-    left.set_xlabel("layer")
-    left.set_ylabel("positions (tokens)")
-    left.set_title("Use of experts against all other positions", fontsize=10)
+    named(left, "layer", "positions (tokens)", "Use of experts against all other positions")
     for axes, column, colour, label in (
         (middle, "mean_confidence", SERIES[0], "mean probability of the strongest"),
         (right, "unique_experts", SERIES[1], "different experts per token"),
@@ -238,8 +174,7 @@ def plot_positions(positions, by_layer):
         axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=8.5)
         axes.set_xlim(0, 1.25 * max(np.nanmax([*values, 0]), 1e-3))
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.set_xlabel(label)
-        axes.set_ylabel("positions")
+        named(axes, label, "positions")
         axes.grid(axis="y", visible=False)
     return figure
 
@@ -256,87 +191,36 @@ def plot_token_identity(identity):
     """
     _needs_tokens(identity)
     figure, axes = new_figure(9, 4.0)
-    axes.plot(identity["layer"], 100 * identity["same_token"], "-o", color=SERIES[0], ms=4.5, label="the same token")
-    axes.plot(identity["layer"], 100 * identity["any_tokens"], "--s", color=SERIES[1], ms=3.5, label="any two tokens")
+    _against_chance(axes, identity, "same_token", "any_tokens", ("the same token", "any two tokens"))
     axes.set_ylim(0, 100)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("pairs with the same strongest expert (%)")
-    axes.set_title("How much of the routing is the token itself", fontsize=10)
-    whole_numbers(axes)
+    named(axes, "layer", "pairs with the same strongest expert (%)", "How much of the routing is the token itself")
     axes.legend(fontsize=8.5)
     return figure
 
 
-def token_pairs(routing):
-    """Pairs of different frequent tokens by how often their occurrences agree (mean over layers), the most alike first.
+def token_table(routing, order="count", most=20):
+    """Frequent tokens for display: how alike their occurrences are routed, their paths, the nearest token.
 
-    `routing`: token_routing.csv. -> DataFrame token, other, agreement; each pair once.
-    """
-    rows = routing[routing["nearest_agreement"].notna()].sort_values(
-        "nearest_agreement", ascending=False, kind="stable"
-    )
-    pairs = {}
-    for row in rows.itertuples():
-        pairs.setdefault(frozenset((row.token, row.nearest)), (row.token, row.nearest, row.nearest_agreement))
-    return pd.DataFrame(list(pairs.values()), columns=["token", "other", "agreement"])
+    Args:
+        routing: token_routing.csv.
+        order: the column by which tokens are sorted, the largest first: `count`; `agreement`, those whose occurrences
+            are routed most alike; `nearest_agreement`, those that share routing with another token.
+        most: how many tokens are listed.
 
-
-def plot_token_routing(routing, count=12):
-    """Frequent tokens: those routed most and least alike from time to time, and pairs that share routing.
-
-    `routing`: token_routing.csv. Raises NothingToDraw for records without tokens, or in which no token comes twice.
+    Raises:
+        NothingToDraw: the records have no tokens.
     """
     _needs_tokens(routing)
-    known = routing[routing["agreement"].notna()].sort_values("agreement", ascending=False, kind="stable")
-    if known.empty:
-        raise NothingToDraw("no token occurs twice")
-    half = math.ceil(len(known) / 2)
-    pairs = token_pairs(routing).head(count)
-    panels = (
-        ("Routed most alike", known.head(min(count, half)), SERIES[0]),
-        ("Routed least alike", known.iloc[::-1].head(min(count, len(known) - half)), SERIES[1]),
-    )
-    figure, axes = new_figure(14.5, 1.5 + 0.28 * count, 1, 3)
-    for panel, (title, table, colour) in zip(axes[:2], panels, strict=True):
-        labels = [f"{quoted(token)} ×{n:,}" for token, n in zip(table["token"], table["count"], strict=True)]
-        _bars(panel, 100 * table["agreement"].to_numpy(float), labels, colour, count)
-        panel.set_xlabel("pairs of its occurrences that agree (%)")
-        panel.set_ylabel("token and its occurrences")
-        panel.set_title(f"{title}, of {len(routing)} frequent tokens", fontsize=10)
-    labels = [f"{quoted(row.token, 12)} ~ {quoted(row.other, 12)}" for row in pairs.itertuples()]
-    _bars(axes[2], 100 * pairs["agreement"].to_numpy(float), labels, SERIES[2], count)
-    axes[2].set_ylabel("two tokens")
-    axes[2].set_xlabel("pairs of their occurrences that agree (%)")
-    axes[2].set_title("Different tokens that share routing", fontsize=10)
-    return figure
-
-
-def _bars(axes, values, labels, colour, places):
-    """Horizontal bars of percentages from the top, in a panel with room for `places` of them."""
-    axes.barh(range(len(values)), values, color=colour, height=0.7)
-    for row, value in enumerate(values):
-        axes.text(value + 1, row, f"{value:.0f}", va="center", fontsize=8.5)
-    axes.set_yticks(range(len(labels)), labels, fontsize=8.5)
-    axes.set_ylim(places - 0.4, -0.6)
-    axes.set_xlim(0, 110)
-    axes.grid(axis="y", visible=False)
-
-
-def token_table(routing, most=20):
-    """The most frequent tokens for display: how alike their occurrences are routed, their paths, the nearest token.
-
-    `routing`: token_routing.csv. Raises NothingToDraw for records without tokens."""
-    _needs_tokens(routing)
-    table = routing.head(most)
+    table = routing.sort_values(order, ascending=False, kind="stable").head(most)
     return pd.DataFrame(
         {
             "token": [repr(token) for token in table["token"]],
             "occurrences": table["count"].to_numpy(),
-            "agreement (%)": [number_text(100 * value) for value in table["agreement"]],
+            "agreement (%)": percent_texts(table["agreement"]),
             "different paths": table["paths"].to_numpy(),
             "on the commonest (%)": [number_text(value) for value in table["common_path_percent"]],
             "nearest token": [repr(token) for token in table["nearest"]],
-            "agreement with it (%)": [number_text(100 * value) for value in table["nearest_agreement"]],
+            "agreement with it (%)": percent_texts(table["nearest_agreement"]),
         }
     )
 
@@ -349,95 +233,55 @@ def _pairs_of(table):
     return [(a, b, rows) for (a, b), rows in table.groupby(["domain_a", "domain_b"], sort=False)]
 
 
-def plot_domain_distribution(distribution):
-    """Heat map expert x layer of the strongest experts' share of tokens, a panel for each data set, one scale.
-
-    `distribution`: domain_distribution.csv."""
-    names = list(dict.fromkeys(distribution["domain"]))
-    grids = [expert_grid(distribution[distribution["domain"] == name], "percent") for name in names]
-    _, experts, layers = grids[0]
-    height = expert_height(len(experts))
-    figure, axes = new_figure(layer_width(len(layers)), len(names) * (height + 0.9) + 0.2, len(names), 1)
-    limits = (0.0, max(float(np.nanmax(values)) for values, *_ in grids))
-    numbers = ".0f" if len(layers) <= 10 and len(experts) <= 16 else None
-    for panel, name, (values, *_) in zip(np.atleast_1d(axes), names, grids, strict=True):
-        heatmap(panel, values, "share of tokens (%)", experts, layers, limits=limits, numbers=numbers)
-        tokens = int(distribution.loc[distribution["domain"] == name, "count"].sum()) // len(layers)
-        panel.set_title(f"{plain(name)} ({tokens:,} tokens)", fontsize=10)
-        panel.set_xlabel("layer")
-        panel.set_ylabel("expert")
-    return figure
-
-
 def plot_domain_difference(difference):
-    """Heat map expert x layer of one domain's usage minus another's; dots: experts that 09 calls domain-specific.
+    """Heat map expert x layer of one domain's usage minus another's; dots: experts that are specific to one of them.
 
     `difference`: domain_difference.csv; a panel for each pair. Raises NothingToDraw for one data set."""
     pairs = _pairs_of(difference)
-    _, experts, layers = expert_grid(pairs[0][2], "difference")
     bound = float(np.nanmax(np.abs(difference["difference"]), initial=1e-9))
-    height = expert_height(len(experts))
-    figure, axes = new_figure(layer_width(len(layers), 8.5), len(pairs) * (height + 1.1) + 0.2, len(pairs), 1)
-    numbers = "+.0f" if len(layers) <= 10 and len(experts) <= 16 else None
-    for panel, (first, second, rows) in zip(np.atleast_1d(axes), pairs, strict=True):
-        label = "percentage points"
-        heatmap(
-            panel, expert_grid(rows, "difference")[0], label, experts, layers, cmap=SIGNED_MAP, limits=(-bound, bound),
-            numbers=numbers,
-        )  # fmt: skip
-        marked = rows[rows["prefers"] != ""]
-        x = [layers.index(layer) + (0.85 if numbers else 0.5) for layer in marked["layer"]]
-        y = [experts.index(expert) + (0.2 if numbers else 0.5) for expert in marked["expert"]]
-        panel.scatter(x, y, s=18 if numbers else 9, color="black", edgecolor="white", lw=0.5, zorder=3)
-        panel.set_title(
-            f"Usage in {plain(first)} minus usage in {plain(second)}: purple, more in {plain(first)}; brown, more in "
-            f"{plain(second)}\n(dots: {len(marked)} of {len(rows)} experts are specific to one, by 09's threshold)",
-            fontsize=10,
+    grids = []
+    for first, second, rows in pairs:
+        first, second = plain(first), plain(second)
+        specific = int((rows["prefers"] != "").sum())
+        title = (
+            f"Usage in {first} minus usage in {second}: purple, more in {first}; brown, more in {second}\n"
+            f"(dots: {specific} of {len(rows)} experts are specific to one)"
         )
-        panel.set_xlabel("layer")
-        panel.set_ylabel("expert")
+        grids.append((*expert_grid(rows, "difference"), title, "percentage points", (-bound, bound)))
+    figure, panels, few = expert_panels(grids, "+.0f", least=8.5)
+    _, experts, layers, *_ = grids[0]
+    for panel, (_, _, rows) in zip(panels, pairs, strict=True):
+        marked = rows[rows["prefers"] != ""]
+        # where cells hold numbers, dots are in their corners
+        x = [layers.index(layer) + (0.85 if few else 0.5) for layer in marked["layer"]]
+        y = [experts.index(expert) + (0.2 if few else 0.5) for expert in marked["expert"]]
+        panel.scatter(x, y, s=18 if few else 9, color="black", edgecolor="white", lw=0.5, zorder=3)
     return figure
 
 
 def plot_domain_distance(distance):
-    """Jensen-Shannon distance of two domains' use of experts by layer, and its permutation p-values.
+    """Jensen-Shannon distance of two domains' use of experts by layer; filled markers: the domains differ (p < 0.05).
 
-    `distance`: domain_distance.csv. Filled markers: p < 0.05 corrected for all layers. Raises NothingToDraw for one
-    data set."""
+    `distance`: domain_distance.csv; p from a permutation of problems between the domains, corrected for all layers.
+    Raises NothingToDraw for one data set."""
     pairs = _pairs_of(distance)
-    figure, (left, right) = new_figure(13, 4.1 + 0.35 * len(pairs), 1, 2)
+    figure, axes = new_figure(layer_width(distance["layer"].nunique(), 9.0), 4.2)
     for (first, second, rows), colour, marker in zip(
         pairs, colours_for(len(pairs)), MARKERS * len(pairs), strict=False
     ):  # fmt: skip
-        name = f"{plain(first)} / {plain(second)}"
         count = f"{rows['problems_a'].iloc[0]} + {rows['problems_b'].iloc[0]} problems"
-        left.plot(rows["layer"], rows["js_distance"], "-", color=colour, lw=1.2)
-        differs = (rows["p_any_layer"] < 0.05).to_numpy()
+        axes.plot(rows["layer"], rows["js_distance"], "-", color=colour, lw=1.2)
+        differs = (rows["p_any_layer"] < SIGNIFICANT).to_numpy()
         face = np.where(differs, matplotlib.colors.to_hex(colour), "white")
-        left.scatter(
+        axes.scatter(
             rows["layer"], rows["js_distance"], s=34, c=face, edgecolor=colour, marker=marker, zorder=3,
-            label=f"{name} ({count})",
+            label=f"{plain(first)} / {plain(second)} ({count})",
         )  # fmt: skip
-        right.plot(
-            rows["layer"], rows["p_value"], "-", color=colour, marker=marker, ms=4.5, label=f"{name}, layer by itself"
-        )
-        right.plot(
-            rows["layer"], rows["p_any_layer"], "--", color=colour, marker=marker, ms=4.5, markerfacecolor="white",
-            label=f"{name}, corrected for all layers",
-        )  # fmt: skip
-    left.set_ylim(bottom=0)
-    left.set_ylabel("Jensen-Shannon distance")
-    left.set_title("Use of experts, 0 = same, 1 = disjoint (filled: p < 0.05, corrected)", fontsize=10)
-    right.axhline(0.05, color="black", lw=1)
-    right.set_yscale("log")
-    right.set_ylim(top=1.4)
-    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    right.set_ylabel("p-value (logarithmic; line: 0.05)")
-    right.set_title("Permutation of problems between the data sets", fontsize=10)
-    for axes in (left, right):
-        axes.set_xlabel("layer")
-        whole_numbers(axes)
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+    axes.set_ylim(bottom=0)
+    title = "Use of experts, 0 = same, 1 = disjoint (filled: p < 0.05 by permutation of problems, corrected)"
+    named(axes, "layer", "Jensen-Shannon distance", title)
+    whole_numbers(axes)
+    legend_right(axes)
     return figure
 
 
@@ -462,7 +306,7 @@ def specific_expert_table(difference, most=10):
     _pairs_of(difference)
     marked = difference[difference["prefers"] != ""]
     if marked.empty:
-        raise NothingToDraw("no expert's usage differs by more than 09's --domain-percent")
+        raise NothingToDraw("no expert's usage differs by more than --domain-percent of scripts/journeys/02_analyze.py")
     marked = marked.assign(size=marked["difference"].abs()).sort_values("size", ascending=False, kind="stable")
     marked = marked.groupby(["domain_a", "domain_b", "prefers"], sort=False).head(most)
     table = marked.sort_values(["domain_a", "domain_b", "prefers", "size"], ascending=[True, True, True, False])
@@ -478,22 +322,17 @@ def specific_expert_table(difference, most=10):
     ).reset_index(drop=True)
 
 
-# -- tables and words
 def hop_table(hops, shown=(1, 2, 3, 5, 10, 15, 20, 25, 31)):
     """hop_accuracy.csv for display, at some hops and the last. Raises NothingToDraw for one layer."""
     if not len(hops):
         raise NothingToDraw("one layer only: there is no layer ahead")
     table = hops[hops["hop"].isin([*shown, hops["hop"].max()])]
-    interval = [
-        f"{number_text(low)} to {number_text(high)}" if math.isfinite(low) else "-"
-        for low, high in zip(table["ci_low"], table["ci_high"], strict=True)
-    ]
     return pd.DataFrame(
         {
             "in-sample (%)": [number_text(value) for value in table["accuracy"]],
             "majority, in-sample (%)": [number_text(value) for value in table["majority"]],
             "held out (%)": [number_text(value) for value in table["held_out_accuracy"]],
-            "95 % interval": interval,
+            "95 % interval": interval_texts(table["ci_low"], table["ci_high"]),
             "majority, held out (%)": [number_text(value) for value in table["held_out_majority"]],
             "random (%)": [number_text(value) for value in table["random"]],
         },

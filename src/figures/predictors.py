@@ -1,11 +1,11 @@
-"""Every figure and table about predicting experts, drawn from the files that 10 saved; no torch.
+"""Figures and tables about predicting experts, and what a cache with such predictions would buy.
 
-Each `plot_*` function takes what `journey_plots.read_result` returned, draws one matplotlib Figure and returns it;
-`*_table` functions return a DataFrame for display. Where a file has nothing for a figure (one hop, one data set, no
+Each `plot_*` function takes what `panels.read_result` returned, draws one matplotlib Figure and returns it; `*_table`
+functions return a DataFrame for display. Where a file has nothing for a figure (one hop, one data set, no
 prefetching), `NothingToDraw` says why. Shares of the files are shown in percent. Figures of the cache say on them
 that they are theory: `expert_cache` says what the simulation leaves out.
 
-Colours are Okabe and Ito's colour-blind safe set, by what a predictor sees; markers and lines tell its kin apart.
+Colours go by what a predictor sees; markers and lines tell its kin apart.
 """
 
 import math
@@ -14,37 +14,38 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from src.figures.panels import NothingToDraw
-from src.figures.style import new_figure, plain
+from src.figures import style
+from src.figures.panels import counted, interval_texts, legend_right, named, number_text, percent_texts, whole_numbers
+from src.figures.style import NothingToDraw, legend_below, name_rows, new_figure, plain, reach, words
 
 BASELINE, HISTORY, HIDDEN = "baseline", "from the experts so far", "from hidden states"
-FAMILY_COLOURS = {BASELINE: "#7F7F7F", HISTORY: "#0072B2", HIDDEN: "#D55E00"}
+FAMILY_COLOURS = {BASELINE: style.GREY, HISTORY: style.BLUE, HIDDEN: style.VERMILION}
 # predictor -> (family, colour, marker, line)
 STYLES = {
-    "uniform": (BASELINE, "#000000", "", ":"),
-    "majority": (BASELINE, "#7F7F7F", "s", "--"),
-    "previous_token": (BASELINE, "#7F7F7F", "X", ":"),
-    "transition": (BASELINE, "#7F7F7F", "v", "-"),
-    "lookup": (HISTORY, "#56B4E9", "o", "-"),
-    "xgboost": (HISTORY, "#009E73", "D", "-"),
-    "mlp": (HISTORY, "#0072B2", "^", "-"),
-    "mlp_tuned": (HISTORY, "#0072B2", "P", "--"),
-    "stale_gate": (HIDDEN, "#E69F00", "o", "-"),
-    "linear_probe": (HIDDEN, "#D55E00", "s", "--"),
-    "mlp_probe": (HIDDEN, "#D55E00", "D", "-"),
+    "uniform": (BASELINE, style.BLACK, "", ":"),
+    "majority": (BASELINE, style.GREY, "s", "--"),
+    "previous_token": (BASELINE, style.GREY, "X", ":"),
+    "transition": (BASELINE, style.GREY, "v", "-"),
+    "lookup": (HISTORY, style.LIGHT_BLUE, "o", "-"),
+    "xgboost": (HISTORY, style.GREEN, "D", "-"),
+    "mlp": (HISTORY, style.BLUE, "^", "-"),
+    "mlp_tuned": (HISTORY, style.BLUE, "P", "--"),
+    "stale_gate": (HIDDEN, style.ORANGE, "o", "-"),
+    "linear_probe": (HIDDEN, style.VERMILION, "s", "--"),
+    "mlp_probe": (HIDDEN, style.VERMILION, "D", "-"),
 }
 # cache policy -> (label, colour, marker, line)
 POLICIES = {
-    "on_demand": ("on demand, no cache", "#000000", "", ":"),
-    "lru": ("LRU", "#0072B2", "o", "-"),
-    "lfu": ("LFU", "#56B4E9", "s", "-"),
-    "static": ("most frequent, fixed", "#009E73", "D", "-"),
-    "belady": ("Belady (best possible cache)", "#000000", "^", "--"),
+    "on_demand": ("on demand, no cache", style.BLACK, "", ":"),
+    "lru": ("LRU", style.BLUE, "o", "-"),
+    "lfu": ("LFU", style.LIGHT_BLUE, "s", "-"),
+    "static": ("most frequent, fixed", style.GREEN, "D", "-"),
+    "belady": ("Belady (best possible cache)", style.BLACK, "^", "--"),
 }
 # Lines of prefetching, one predictor of each family: no colour of a policy.
-PREFETCH_COLOURS = {BASELINE: "#7F7F7F", HISTORY: "#CC79A7", HIDDEN: "#D55E00"}
+PREFETCH_COLOURS = {BASELINE: style.GREY, HISTORY: style.PINK, HIDDEN: style.VERMILION}
 SCOPES = {"per_layer": "a cache for each layer", "shared": "one cache for all layers"}
 # column of cache_curves.csv -> (axis label, factor)
 CURVES = {
@@ -57,15 +58,6 @@ THEORY = "Theory only: simulated from recorded routing, not timed on a device"
 
 
 # -- parts
-def _label(predictor):
-    return plain(predictor.replace("_", " "))
-
-
-def _number(value, form="{:.1f}"):
-    """A number as text, "-" where there is none."""
-    return "-" if value is None or not math.isfinite(float(value)) else form.format(float(value))
-
-
 def _chosen(predictors, split, hop, domain):
     """(rows, hop) of one split, hop (default: the smallest) and domain. Raises NothingToDraw where there are none."""
     rows = predictors[(predictors["split"] == split) & (predictors["domain"] == domain)]
@@ -82,29 +74,43 @@ def _ranked(rows, column="top1"):
     return list(means.sort_values(ascending=False, kind="stable").index)
 
 
-def _reach(rows, centre, low, high):
-    """Error bars [2, n] in percent; 0 where there is no interval."""
-    ends = [rows[centre] - rows[low], rows[high] - rows[centre]]
-    return np.nan_to_num(100 * np.maximum(np.array(ends, dtype=float), 0))
-
-
 def _bars(rows):
     """What error bars show, for a title; with one problem there are none."""
     return "bars: 95 %, over problems" if rows["top1_low"].notna().any() else "no intervals: too few problems"
 
 
-def _whole_numbers(axes):
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+def _lines(rows, width, title, x, label):
+    """Top-1 accuracy over column `x`, a line for each predictor, best first; bars where there are intervals.
+
+    Predictors are a little apart from each other sideways where bars could cover each other."""
+    figure, axes = new_figure(width, 4.7)
+    order = _ranked(rows)
+    for number, name in enumerate(order):
+        part = rows[rows["predictor"] == name].sort_values(x)
+        _, colour, marker, line = STYLES[name]
+        aside, ends = 0.0, None
+        if x == "hop":
+            aside, ends = 0.3 * (number / max(len(order) - 1, 1) - 0.5), _reach(part)
+        axes.errorbar(
+            part[x] + aside, 100 * part["top1"], yerr=ends, fmt=line, color=colour, marker=marker or ".", ms=5,
+            lw=1.4, elinewidth=1, capsize=2, label=words(name),
+        )  # fmt: skip
+    axes.set_ylim(bottom=0)
+    named(axes, label, "strongest expert predicted right (%)", title)
+    whole_numbers(axes)
+    legend_right(axes)
+    return figure
 
 
-def _layers_ahead(hop):
-    return f"{hop} layer{'' if hop == 1 else 's'} ahead"
+def _reach(rows):
+    """Error bars [2, n] of top-1 accuracy, in percent."""
+    return 100 * reach(rows, "top1", "top1_low", "top1_high")
 
 
-def _legend_right(axes, handles=None):
-    """Legend to the right of the panel, so that it covers no line."""
-    settings = {"handles": handles} if handles else {}
-    axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, **settings)
+def _legend_of_families(figure, colours, more=()):
+    """Legend below the figure: the families whose colours occur, then `more` handles."""
+    families = [Patch(color=colour, label=name) for name, colour in FAMILY_COLOURS.items() if colour in colours]
+    legend_below(figure, [*families, *more], 4)
 
 
 # -- accuracy
@@ -125,25 +131,21 @@ def plot_comparison(predictors, split="problems", hop=None, domain="all"):
     for axes, bar, mark, label, _ in parts:
         axes.barh(places, 100 * rows[bar], color=colours, height=0.7, zorder=2)
         axes.scatter(100 * rows[mark], places, marker="D", s=26, color="white", edgecolor="black", lw=1.1, zorder=4)
-        reach = _reach(rows, "top1", "top1_low", "top1_high") if bar == "top1" else np.zeros((2, len(rows)))
-        if reach.any():
-            axes.errorbar(100 * rows[bar], places, xerr=reach, fmt="none", color="black", capsize=3, lw=1.3, zorder=5)
+        ends = _reach(rows) if bar == "top1" else np.zeros((2, len(rows)))
+        if ends.any():
+            axes.errorbar(100 * rows[bar], places, xerr=ends, fmt="none", color="black", capsize=3, lw=1.3, zorder=5)
         for place, value in enumerate(rows[bar]):
-            axes.text(101, place, _number(100 * value), va="center", fontsize=8.5)
-        axes.set_yticks(places, [_label(name) for name in rows["predictor"]], fontsize=9)
+            axes.text(101, place, number_text(100 * value), va="center", fontsize=8.5)
+        name_rows(axes, [words(name) for name in rows["predictor"]])
         axes.set_xlim(0, 108)
         axes.set_xticks(range(0, 101, 20))
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_xlabel(label)
-        axes.set_ylabel("predictor")
-        axes.grid(axis="y", visible=False)
-    families = [Patch(color=colour, label=name) for name, colour in FAMILY_COLOURS.items() if colour in colours]
+        named(axes, label, "predictor")
     meaning = f"{parts[0][4]} (left), {parts[1][4]} (right)"
     diamond = Line2D([], [], marker="D", ls="", color="white", markeredgecolor="black", ms=5, label=meaning)
-    figure.legend(handles=[*families, diamond], fontsize=8.5, ncols=4, frameon=False, loc="outside lower center")
+    _legend_of_families(figure, colours, [diamond])
     left.set_title(f"Strongest expert ({_bars(rows)})", fontsize=10)
     right.set_title("Set of experts", fontsize=10)
-    figure.suptitle(f"{_layers_ahead(hop)}, split by {plain(split)}, domain {plain(domain)}", fontsize=10.5)
+    figure.suptitle(f"{counted(hop)} ahead, split by {plain(split)}, domain {plain(domain)}", fontsize=10.5)
     return figure
 
 
@@ -159,21 +161,19 @@ def plot_domains(predictors, split="problems", hop=None):
         raise NothingToDraw("one data set only: there is nothing to compare")
     order = _ranked(rows[rows["domain"] == "all"])
     figure, axes = new_figure(8.5, 1.6 + 0.36 * len(order))
-    series = zip(names, ("#0072B2", "#E69F00", "#009E73", "#CC79A7") * len(names), "osD^" * len(names), strict=False)
-    for number, (name, colour, marker) in enumerate(series):
+    looks = ((name, *style.series(number)) for number, name in enumerate(names))
+    for number, (name, colour, marker) in enumerate(looks):
         part = rows[rows["domain"] == name].set_index("predictor").reindex(order)
         places = np.arange(len(order)) + 0.5 * (number - (len(names) - 1) / 2) / len(names)
         axes.errorbar(
-            100 * part["top1"], places, xerr=_reach(part, "top1", "top1_low", "top1_high"), fmt=marker, color=colour,
+            100 * part["top1"], places, xerr=_reach(part), fmt=marker, color=colour,
             ms=5.5, capsize=2.5, label=plain(name),
         )  # fmt: skip
-    axes.set_yticks(range(len(order)), [_label(name) for name in order], fontsize=9)
-    axes.set_ylim(len(order) - 0.4, -0.6)
+    name_rows(axes, [words(name) for name in order])
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"strongest expert predicted right (% of cells; {_bars(rows)})")
-    axes.set_ylabel("predictor")
-    axes.set_title(f"By data set, {_layers_ahead(hop)}", fontsize=10)
-    _legend_right(axes)
+    label = f"strongest expert predicted right (% of cells; {_bars(rows)})"
+    named(axes, label, "predictor", f"By data set, {counted(hop)} ahead")
+    legend_right(axes)
     return figure
 
 
@@ -183,97 +183,21 @@ def plot_layers(per_layer, split="problems", hop=None, domain="all"):
     hop: default the smallest. Raises NothingToDraw where nothing was predicted so.
     """
     rows, hop = _chosen(per_layer, split, hop, domain)
-    order = _ranked(rows)
-    figure, axes = new_figure(min(max(8.5, 4.5 + 0.28 * rows["layer"].nunique()), 13.5), 4.6)
-    for name in order:
-        part = rows[rows["predictor"] == name].sort_values("layer")
-        _, colour, marker, line = STYLES[name]
-        axes.plot(
-            part["layer"],
-            100 * part["top1"],
-            line,
-            color=colour,
-            marker=marker or ".",
-            ms=5,
-            lw=1.5,
-            label=_label(name),
-        )
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("target layer")
-    axes.set_ylabel("strongest expert predicted right (%)")
-    axes.set_title(f"Accuracy by target layer, {_layers_ahead(hop)} (legend: best first)", fontsize=10)
-    _whole_numbers(axes)
-    _legend_right(axes)
-    return figure
+    width = min(max(8.5, 4.5 + 0.28 * rows["layer"].nunique()), 13.5)
+    title = f"Accuracy by target layer, {counted(hop)} ahead (legend: best first)"
+    return _lines(rows, width, title, "layer", "target layer")
 
 
 def plot_hops(predictors, split="problems", domain="all"):
     """Top-1 accuracy with interval by how many layers ahead, a line for each predictor. `predictors`: predictors.csv.
 
-    Predictors are a little apart from each other sideways, so that their bars do not cover each other. Raises
-    NothingToDraw for one hop.
+    Raises NothingToDraw for one hop.
     """
     rows = predictors[(predictors["split"] == split) & (predictors["domain"] == domain)]
     if rows["hop"].nunique() < 2:
-        raise NothingToDraw("one hop only was predicted: see 10's --hops for more")
-    order = _ranked(rows)
-    figure, axes = new_figure(9.5, 4.8)
-    for number, name in enumerate(order):
-        part = rows[rows["predictor"] == name].sort_values("hop")
-        _, colour, marker, line = STYLES[name]
-        aside = 0.3 * (number / max(len(order) - 1, 1) - 0.5)
-        axes.errorbar(
-            part["hop"] + aside, 100 * part["top1"], yerr=_reach(part, "top1", "top1_low", "top1_high"), fmt=line,
-            color=colour, marker=marker or ".", ms=5, lw=1.4, elinewidth=1, capsize=2, label=_label(name),
-        )  # fmt: skip
-    axes.set_ylim(bottom=0)
-    axes.set_xticks(sorted(rows["hop"].unique()))
-    axes.set_xlabel("layers ahead")
-    axes.set_ylabel("strongest expert predicted right (%)")
-    axes.set_title(f"Accuracy by layers ahead ({_bars(rows)}; legend: best first)", fontsize=10)
-    _legend_right(axes)
-    return figure
-
-
-# -- leakage
-def plot_leakage(leakage, hop=None):
-    """Top-1 accuracy when rows are split against problems, on the same test rows; the difference with its interval.
-
-    `leakage`: leakage.csv. hop: default the smallest. Raises NothingToDraw where nothing was compared.
-    """
-    hop = leakage["hop"].min() if hop is None and len(leakage) else hop
-    rows = leakage[leakage["hop"] == hop].sort_values("leakage", ascending=False, kind="stable").reset_index()
-    if rows.empty:
-        raise NothingToDraw(f"no predictor was scored under both splits at hop {hop}")
-    places = np.arange(len(rows))
-    figure, (left, right) = new_figure(13, 1.9 + 0.42 * len(rows), 1, 2, width_ratios=[1.3, 1])
-    parts = (
-        ("top1_rows_split", "split by row (leaks)", "#E69F00", -0.2),
-        ("top1_problem_split", "split by problem (honest)", "#0072B2", 0.2),
-    )
-    for column, label, colour, aside in parts:
-        left.barh(places + aside, 100 * rows[column], height=0.38, color=colour, label=label)
-        for place, value in enumerate(rows[column]):
-            left.text(100 * value + 1, place + aside, _number(100 * value), va="center", fontsize=8)
-    left.set_xlim(0, 112)
-    left.set_xticks(range(0, 101, 20))
-    left.set_xlabel("strongest expert predicted right (%)")
-    left.set_title("The same test rows, two ways of splitting", fontsize=10)
-    figure.legend(fontsize=8.5, frameon=False, ncols=2, loc="outside lower center")
-    right.errorbar(
-        100 * rows["leakage"], places, xerr=_reach(rows, "leakage", "ci_low", "ci_high"), fmt="o", color="#000000",
-        ms=5.5, capsize=3,
-    )  # fmt: skip
-    right.axvline(0, color="#7F7F7F", lw=1.2)
-    right.set_xlabel("leakage (percentage points; bars: 95 %, over problems)")
-    right.set_title("Split by row minus split by problem", fontsize=10)
-    for axes in (left, right):
-        axes.set_yticks(places, [_label(name) for name in rows["predictor"]], fontsize=9)
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_ylabel("predictor")
-        axes.grid(axis="y", visible=False)
-    figure.suptitle(f"What rows of one journey on both sides of the split pretend, {_layers_ahead(hop)}", fontsize=10.5)
-    return figure
+        raise NothingToDraw("one hop only was predicted: see --hops of scripts/journeys/03_predict.py")
+    title = f"Accuracy by layers ahead ({_bars(rows)}; legend: best first)"
+    return _lines(rows, 9.5, title, "hop", "layers ahead")
 
 
 # -- cache
@@ -305,7 +229,7 @@ def _plot_curves(curves, x, label, title):
     lines = [(POLICIES[name], 2.4, curves[curves["policy"] == name]) for name in POLICIES]
     for name in _prefetchers(curves):
         family, _, marker, _ = STYLES[name]
-        look = (f"LRU + prefetch by {_label(name)}", PREFETCH_COLOURS[family], marker or ".", "-")
+        look = (f"LRU + prefetch by {words(name)}", PREFETCH_COLOURS[family], marker or ".", "-")
         lines.append((look, 1.2, curves[(curves["policy"] == "prefetch") & (curves["predictor"] == name)]))
     scopes = [scope for scope in SCOPES if (curves["scope"] == scope).any()]
     figure, panels = new_figure(16, 3.2 * len(scopes) + 1.2, len(scopes), len(CURVES))
@@ -316,16 +240,15 @@ def _plot_curves(curves, x, label, title):
             _scale(axes, column, curves.loc[curves["scope"] == scope, column], x)
             for (text, colour, marker, line), width, rows in lines:
                 part = rows[rows["scope"] == scope].sort_values(x)
-                style = dict(color=colour, ls=line, lw=width, label=text)
+                look = dict(color=colour, ls=line, lw=width, label=text)
                 if x == "capacity" and (part["capacity"] == 0).all():  # no cache: the same for every size
-                    axes.axhline(factor * part[column].iloc[0], **style)
+                    axes.axhline(factor * part[column].iloc[0], **look)
                 else:  # prefetching often lies on LRU: thin on wide, hollow on filled
                     face = "white" if width < 2 else colour
-                    axes.plot(part[x], factor * part[column], marker=marker, ms=5, markerfacecolor=face, **style)
+                    axes.plot(part[x], factor * part[column], marker=marker, ms=5, markerfacecolor=face, **look)
             axes.set_xlabel(label)
             axes.set_title(SCOPES[scope], fontsize=9.5)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8.5, ncols=4, frameon=False, loc="outside lower center")
+    legend_below(figure, panels[0, 0], 4)
     figure.suptitle(f"{THEORY}\n{title}", fontsize=10.5)
     return figure
 
@@ -355,7 +278,7 @@ def plot_cache_sizes(curves, bandwidth_gb_s=25.0):
     title = f"Over the size of the cache, at {bandwidth:g} GB/s, {int(rows['tokens'].iloc[0]):,} tokens"
     figure = _plot_curves(rows, "capacity", "experts held per layer (on average)", title)
     for axes in figure.axes:
-        _whole_numbers(axes)
+        whole_numbers(axes)
     return figure
 
 
@@ -408,14 +331,10 @@ def plot_prefetch(curves, capacity=None, bandwidth_gb_s=25.0, scope="per_layer")
         axes.barh(places, values, color=colours, height=0.7)
         for place, value in enumerate(values):
             axes.text(max(value, 0), place, f" {value:,.3g}", va="center", fontsize=8.5)
-        axes.set_yticks(places, [_label(name) for name in ahead["predictor"]], fontsize=9)
-        axes.set_ylim(len(ahead) - 0.4, -0.6)
+        name_rows(axes, [words(name) for name in ahead["predictor"]])
         axes.set_xlim(0, 1.18 * max(values.max(), 1e-9))
-        axes.set_xlabel(label)
-        axes.set_ylabel("predictor")
-        axes.grid(axis="y", visible=False)
-    families = [Patch(color=colour, label=name) for name, colour in FAMILY_COLOURS.items() if colour in colours]
-    figure.legend(handles=families, fontsize=8.5, ncols=3, frameon=False, loc="outside lower center")
+        named(axes, label, "predictor")
+    _legend_of_families(figure, colours)
     figure.suptitle(
         f"{THEORY}\nPrefetching over LRU: {SCOPES[scope]}, {capacity} experts held per layer, {bandwidth:g} GB/s",
         fontsize=10.5,
@@ -431,21 +350,18 @@ def comparison_table(predictors, split="problems", hop=None, domain="all"):
     random = rows["top1"].get("uniform", math.nan)
     return pd.DataFrame(
         {
-            "top-1 (%)": [_number(100 * value) for value in rows["top1"]],
-            "95 % interval": [
-                f"{_number(100 * low)} to {_number(100 * high)}" if math.isfinite(low) else "-"
-                for low, high in zip(rows["top1_low"], rows["top1_high"], strict=True)
-            ],
-            "times random": [_number(value / random if random else math.nan, "{:.2f}") for value in rows["top1"]],
-            "top-2 (%)": [_number(100 * value) for value in rows["top2"]],
-            "experts found (%)": [_number(100 * value) for value in rows["slot_overlap"]],
-            "whole set (%)": [_number(100 * value) for value in rows["whole_set"]],
-            "calibration error": [_number(value, "{:.3f}") for value in rows["ece"]],
-            "training (s)": [_number(value) for value in rows["train_seconds"]],
-            "prediction (µs)": [_number(value) for value in rows["predict_us"]],
-            "parameters": [_number(value, "{:,.0f}") for value in rows["parameters"]],
+            "top-1 (%)": percent_texts(rows["top1"]),
+            "95 % interval": interval_texts(rows["top1_low"], rows["top1_high"], 100),
+            "times random": [number_text(value / random if random else math.nan, "{:.2f}") for value in rows["top1"]],
+            "top-2 (%)": percent_texts(rows["top2"]),
+            "experts found (%)": percent_texts(rows["slot_overlap"]),
+            "whole set (%)": percent_texts(rows["whole_set"]),
+            "calibration error": [number_text(value, "{:.3f}") for value in rows["ece"]],
+            "training (s)": [number_text(value) for value in rows["train_seconds"]],
+            "prediction (µs)": [number_text(value) for value in rows["predict_us"]],
+            "parameters": [number_text(value, "{:,.0f}") for value in rows["parameters"]],
         },
-        index=pd.Index([_label(name) for name in rows.index], name=_layers_ahead(hop)),
+        index=pd.Index([words(name) for name in rows.index], name=f"{counted(hop)} ahead"),
     )
 
 
@@ -457,13 +373,10 @@ def leakage_table(leakage):
         {
             "layers ahead": leakage["hop"].to_numpy(),
             "test rows": [f"{rows:,}" for rows in leakage["rows"]],
-            "split by row (%)": [_number(100 * value) for value in leakage["top1_rows_split"]],
-            "split by problem (%)": [_number(100 * value) for value in leakage["top1_problem_split"]],
-            "leakage (points)": [_number(100 * value, "{:+.1f}") for value in leakage["leakage"]],
-            "95 % interval": [
-                f"{_number(100 * low, '{:+.1f}')} to {_number(100 * high, '{:+.1f}')}" if math.isfinite(low) else "-"
-                for low, high in zip(leakage["ci_low"], leakage["ci_high"], strict=True)
-            ],
+            "split by row (%)": percent_texts(leakage["top1_rows_split"]),
+            "split by problem (%)": percent_texts(leakage["top1_problem_split"]),
+            "leakage (points)": percent_texts(leakage["leakage"], "{:+.1f}"),
+            "95 % interval": interval_texts(leakage["ci_low"], leakage["ci_high"], 100, "{:+.1f}"),
         },
-        index=pd.Index([_label(name) for name in leakage["predictor"]], name="predictor"),
+        index=pd.Index([words(name) for name in leakage["predictor"]], name="predictor"),
     )

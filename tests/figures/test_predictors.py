@@ -1,4 +1,4 @@
-"""Figures about predicting experts: drawn from made-up result files with 10's columns; checked by what is in them."""
+"""Figures about predicting experts: drawn from made-up result files with the columns of 03_predict.py's."""
 
 import shutil
 import subprocess
@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from nbclient import NotebookClient
 
 from src.base import results
-from src.figures import predictors, style
-from src.figures.panels import NothingToDraw, read_result
+from src.figures import panels, predictors, style
 from src.journeys import expert_cache
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +40,7 @@ def metrics(top1, width):
 
 
 def made_up(layers=32, experts=8, hops=(1, 2, 3, 4), domains=("humaneval", "gsm8k"), names=tuple(ACCURACY), width=0.02):
-    """{file name: table} as 10 writes them: accuracies that fall with the hop and vary with layer and domain."""
+    """{file name: table} of 03_predict.py: accuracies that fall with the hop and vary with layer and domain."""
     rng = np.random.default_rng(layers)
     table, by_layer = [], []
     for name in names:
@@ -105,7 +104,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def read(folders):
-    return lambda name, case="deep": read_result(folders[case] / name)
+    return lambda name, case="deep": panels.read_result(folders[case] / name)
 
 
 # figure -> (function, its file)
@@ -114,7 +113,6 @@ FIGURES = {
     "predictor_domains": (predictors.plot_domains, "predictors.csv"),
     "predictor_layers": (predictors.plot_layers, "predictors_per_layer.csv"),
     "predictor_hops": (predictors.plot_hops, "predictors.csv"),
-    "predictor_leakage": (predictors.plot_leakage, "leakage.csv"),
     "cache_sizes": (predictors.plot_cache_sizes, "cache_curves.csv"),
     "cache_bandwidths": (predictors.plot_bandwidths, "cache_curves.csv"),
     "cache_prefetch": (predictors.plot_prefetch, "cache_curves.csv"),
@@ -149,7 +147,7 @@ def lines(axes):
 def test_figure_is_readable(name, case, read):
     """No warning (missing glyph, failed layout), every axis named, nothing cut off, no two tick labels overlap."""
     if case == "single" and name in NOT_ALONE:
-        with pytest.raises(NothingToDraw, match="only"):
+        with pytest.raises(style.NothingToDraw, match="only"):
             build(name, read, case)
         return
     with warnings.catch_warnings():
@@ -194,7 +192,7 @@ def test_comparison_shows_the_file_best_first(read):
     row = table[(table["hop"] == 3) & (table["domain"] == "gsm8k")].set_index("predictor")
     assert bars(later.axes[0])["mlp probe"] == pytest.approx(100 * row.loc["mlp_probe", "top1"])
     assert "3 layers ahead" in later.get_suptitle() and "gsm8k" in later.get_suptitle()
-    with pytest.raises(NothingToDraw, match="split rows, hop any, domain all"):
+    with pytest.raises(style.NothingToDraw, match="split rows, hop any, domain all"):
         predictors.plot_comparison(table, split="rows")
 
 
@@ -224,18 +222,6 @@ def test_layers_hops_and_domains(read):
         rows = table[(table["domain"] == domain) & (table["hop"] == 1)].set_index("predictor")
         order = [label.get_text().replace(" ", "_") for label in axes.get_yticklabels()]
         assert lines(axes)[domain][0] == pytest.approx(100 * rows.loc[order, "top1"].to_numpy())
-
-
-def test_leakage_shows_both_splits_and_their_difference(read):
-    left, right = build("predictor_leakage", read).axes
-    widths = [patch.get_width() for patch in left.patches]
-    assert widths == pytest.approx([61, 54, 47, 45, 43, 42])  # by row, then by problem; the largest leak first
-    (segments,) = [collection.get_segments() for collection in right.collections]
-    assert np.array(segments)[:, :, 0] == pytest.approx(np.array([[14, 18], [9, 13], [3, 7]]))
-    with pytest.raises(NothingToDraw, match="both splits"):
-        predictors.plot_leakage(read("leakage.csv"), hop=4)
-    with pytest.raises(NothingToDraw, match="both splits"):
-        predictors.plot_leakage(read("leakage.csv").head(0))
 
 
 @pytest.mark.parametrize("name", ["cache_sizes", "cache_bandwidths", "cache_prefetch"])
@@ -276,7 +262,7 @@ def test_cache_curves_show_the_file(read):
     assert x.tolist() == [4, 8, 16, 25, 50, 100] and y == pytest.approx(at["stall_ms_per_token"].to_numpy())
     nearest = predictors.plot_cache_sizes(curves, 33.0)
     assert "25 GB/s" in nearest.get_suptitle()
-    with pytest.raises(NothingToDraw, match="one bandwidth"):
+    with pytest.raises(style.NothingToDraw, match="one bandwidth"):
         predictors.plot_bandwidths(curves[curves["bandwidth_gb_s"] == 25])
 
 
@@ -292,7 +278,7 @@ def test_prefetch_is_shown_against_lru_alone(read):
         label = name.replace("_", " ")
         assert saved[label] == pytest.approx(alone["stall_ms_per_token"] - row["stall_ms_per_token"])
         assert excess[label] == pytest.approx(row["mb_per_token"] - alone["mb_per_token"])
-    with pytest.raises(NothingToDraw, match="no predictor"):
+    with pytest.raises(style.NothingToDraw, match="no predictor"):
         predictors.plot_prefetch(curves[curves["policy"] != "prefetch"])
 
 
@@ -314,7 +300,7 @@ def test_tables(read):
     leaks = predictors.leakage_table(read("leakage.csv"))
     assert leaks.loc["mlp", "leakage (points)"] == "+16.0" and leaks.loc["mlp", "95 % interval"] == "+14.0 to +18.0"
     assert leaks["layers ahead"].tolist() == [1, 1, 1] and leaks.loc["mlp", "test rows"] == "12,345"
-    with pytest.raises(NothingToDraw):
+    with pytest.raises(style.NothingToDraw):
         predictors.leakage_table(read("leakage.csv").head(0))
 
 
@@ -325,7 +311,7 @@ def test_imports_no_torch():
 
 @pytest.mark.parametrize("case", ["small", None])
 def test_notebook_section(case, folders, tmp_path, monkeypatch):
-    """The section draws and saves its figures; without 10's files it says once which command writes them."""
+    """The section draws and saves its figures; without 03_predict.py's files it says once which command writes them."""
     folder = tmp_path / "some-model" / "journeys"
     if case:
         shutil.copytree(folders[case], folder)
