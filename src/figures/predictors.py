@@ -1,6 +1,6 @@
-"""Every figure and table about predicting experts, drawn from the files that 10 saved; no torch.
+"""Every figure and table about predicting experts, drawn from the files that journeys/03_predict saved; no torch.
 
-Each `plot_*` function takes what `journey_plots.read_result` returned, draws one matplotlib Figure and returns it;
+Each `plot_*` function takes what `style.read_result` returned, draws one matplotlib Figure and returns it;
 `*_table` functions return a DataFrame for display. Where a file has nothing for a figure (one hop, one data set, no
 prefetching), `NothingToDraw` says why. Shares of the files are shown in percent. Figures of the cache say on them
 that they are theory: `expert_cache` says what the simulation leaves out.
@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from src.figures.journeys import NothingToDraw
-from src.figures.style import new_figure, plain
+from src.figures.panels import number_text, whole_numbers
+from src.figures.style import NothingToDraw, new_figure, plain
 
 BASELINE, HISTORY, HIDDEN = "baseline", "from the experts so far", "from hidden states"
 FAMILY_COLOURS = {BASELINE: "#7F7F7F", HISTORY: "#0072B2", HIDDEN: "#D55E00"}
@@ -61,11 +61,6 @@ def _label(predictor):
     return plain(predictor.replace("_", " "))
 
 
-def _number(value, form="{:.1f}"):
-    """A number as text, "-" where there is none."""
-    return "-" if value is None or not math.isfinite(float(value)) else form.format(float(value))
-
-
 def _chosen(predictors, split, hop, domain):
     """(rows, hop) of one split, hop (default: the smallest) and domain. Raises NothingToDraw where there are none."""
     rows = predictors[(predictors["split"] == split) & (predictors["domain"] == domain)]
@@ -91,10 +86,6 @@ def _reach(rows, centre, low, high):
 def _bars(rows):
     """What error bars show, for a title; with one problem there are none."""
     return "bars: 95 %, over problems" if rows["top1_low"].notna().any() else "no intervals: too few problems"
-
-
-def _whole_numbers(axes):
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _layers_ahead(hop):
@@ -129,7 +120,7 @@ def plot_comparison(predictors, split="problems", hop=None, domain="all"):
         if reach.any():
             axes.errorbar(100 * rows[bar], places, xerr=reach, fmt="none", color="black", capsize=3, lw=1.3, zorder=5)
         for place, value in enumerate(rows[bar]):
-            axes.text(101, place, _number(100 * value), va="center", fontsize=8.5)
+            axes.text(101, place, number_text(100 * value), va="center", fontsize=8.5)
         axes.set_yticks(places, [_label(name) for name in rows["predictor"]], fontsize=9)
         axes.set_xlim(0, 108)
         axes.set_xticks(range(0, 101, 20))
@@ -202,7 +193,7 @@ def plot_layers(per_layer, split="problems", hop=None, domain="all"):
     axes.set_xlabel("target layer")
     axes.set_ylabel("strongest expert predicted right (%)")
     axes.set_title(f"Accuracy by target layer, {_layers_ahead(hop)} (legend: best first)", fontsize=10)
-    _whole_numbers(axes)
+    whole_numbers(axes)
     _legend_right(axes)
     return figure
 
@@ -254,7 +245,7 @@ def plot_leakage(leakage, hop=None):
     for column, label, colour, aside in parts:
         left.barh(places + aside, 100 * rows[column], height=0.38, color=colour, label=label)
         for place, value in enumerate(rows[column]):
-            left.text(100 * value + 1, place + aside, _number(100 * value), va="center", fontsize=8)
+            left.text(100 * value + 1, place + aside, number_text(100 * value), va="center", fontsize=8)
     left.set_xlim(0, 112)
     left.set_xticks(range(0, 101, 20))
     left.set_xlabel("strongest expert predicted right (%)")
@@ -355,7 +346,7 @@ def plot_cache_sizes(curves, bandwidth_gb_s=25.0):
     title = f"Over the size of the cache, at {bandwidth:g} GB/s, {int(rows['tokens'].iloc[0]):,} tokens"
     figure = _plot_curves(rows, "capacity", "experts held per layer (on average)", title)
     for axes in figure.axes:
-        _whole_numbers(axes)
+        whole_numbers(axes)
     return figure
 
 
@@ -431,19 +422,19 @@ def comparison_table(predictors, split="problems", hop=None, domain="all"):
     random = rows["top1"].get("uniform", math.nan)
     return pd.DataFrame(
         {
-            "top-1 (%)": [_number(100 * value) for value in rows["top1"]],
+            "top-1 (%)": [number_text(100 * value) for value in rows["top1"]],
             "95 % interval": [
-                f"{_number(100 * low)} to {_number(100 * high)}" if math.isfinite(low) else "-"
+                f"{number_text(100 * low)} to {number_text(100 * high)}" if math.isfinite(low) else "-"
                 for low, high in zip(rows["top1_low"], rows["top1_high"], strict=True)
             ],
-            "times random": [_number(value / random if random else math.nan, "{:.2f}") for value in rows["top1"]],
-            "top-2 (%)": [_number(100 * value) for value in rows["top2"]],
-            "experts found (%)": [_number(100 * value) for value in rows["slot_overlap"]],
-            "whole set (%)": [_number(100 * value) for value in rows["whole_set"]],
-            "calibration error": [_number(value, "{:.3f}") for value in rows["ece"]],
-            "training (s)": [_number(value) for value in rows["train_seconds"]],
-            "prediction (µs)": [_number(value) for value in rows["predict_us"]],
-            "parameters": [_number(value, "{:,.0f}") for value in rows["parameters"]],
+            "times random": [number_text(value / random if random else math.nan, "{:.2f}") for value in rows["top1"]],
+            "top-2 (%)": [number_text(100 * value) for value in rows["top2"]],
+            "experts found (%)": [number_text(100 * value) for value in rows["slot_overlap"]],
+            "whole set (%)": [number_text(100 * value) for value in rows["whole_set"]],
+            "calibration error": [number_text(value, "{:.3f}") for value in rows["ece"]],
+            "training (s)": [number_text(value) for value in rows["train_seconds"]],
+            "prediction (µs)": [number_text(value) for value in rows["predict_us"]],
+            "parameters": [number_text(value, "{:,.0f}") for value in rows["parameters"]],
         },
         index=pd.Index([_label(name) for name in rows.index], name=_layers_ahead(hop)),
     )
@@ -457,11 +448,13 @@ def leakage_table(leakage):
         {
             "layers ahead": leakage["hop"].to_numpy(),
             "test rows": [f"{rows:,}" for rows in leakage["rows"]],
-            "split by row (%)": [_number(100 * value) for value in leakage["top1_rows_split"]],
-            "split by problem (%)": [_number(100 * value) for value in leakage["top1_problem_split"]],
-            "leakage (points)": [_number(100 * value, "{:+.1f}") for value in leakage["leakage"]],
+            "split by row (%)": [number_text(100 * value) for value in leakage["top1_rows_split"]],
+            "split by problem (%)": [number_text(100 * value) for value in leakage["top1_problem_split"]],
+            "leakage (points)": [number_text(100 * value, "{:+.1f}") for value in leakage["leakage"]],
             "95 % interval": [
-                f"{_number(100 * low, '{:+.1f}')} to {_number(100 * high, '{:+.1f}')}" if math.isfinite(low) else "-"
+                f"{number_text(100 * low, '{:+.1f}')} to {number_text(100 * high, '{:+.1f}')}"
+                if math.isfinite(low)
+                else "-"
                 for low, high in zip(leakage["ci_low"], leakage["ci_high"], strict=True)
             ],
         },

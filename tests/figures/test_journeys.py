@@ -20,8 +20,7 @@ from nbclient import NotebookClient
 
 import config
 from src.base import results
-from src.figures import journeys as drawing
-from src.figures import style
+from src.figures import journey_tables, journeys, paths, style
 from src.journeys import tables
 from src.journeys.sample import to_sample
 
@@ -31,7 +30,9 @@ NOTEBOOK = ROOT / "notebooks" / "moe_routing_analysis.ipynb"
 TEXTS = ("\n", "$x$", "def", "null", " the", "\r", "1", "a very long token indeed")
 
 
-def journeys(layers=3, experts=4, slots=2, domains=("humaneval", "gsm8k"), problems=5, length=16, texts=True, first=0):
+def some_journeys(
+    layers=3, experts=4, slots=2, domains=("humaneval", "gsm8k"), problems=5, length=16, texts=True, first=0
+):
     """Journeys as a store holds them: an expert follows from the one before and the token, and gsm8k likes expert 0."""
     rng = np.random.default_rng(layers)
     rows = len(domains) * problems * length
@@ -83,9 +84,9 @@ def write_results(folder, collected):
 
 
 CASES = {
-    "small": journeys(),
-    "deep": journeys(32, 8, problems=3, first=1),
-    "single": journeys(1, 4, 1, ("gsm8k",), 1, 9, texts=False),
+    "small": some_journeys(),
+    "deep": some_journeys(32, 8, problems=3, first=1),
+    "single": some_journeys(1, 4, 1, ("gsm8k",), 1, 9, texts=False),
 }
 
 
@@ -97,41 +98,41 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def read(folders):
-    return lambda name, case="small": drawing.read_result(folders[case] / name)
+    return lambda name, case="small": style.read_result(folders[case] / name, "journeys/02_analyze.py", ["layer"])
 
 
 # figure -> (function, the files that it is drawn from)
 FIGURES = {
-    "expert_distribution": (drawing.plot_expert_distribution, ["expert_distribution.csv"]),
-    "load_balance": (drawing.plot_load_balance, ["load_balance.csv"]),
+    "expert_distribution": (journeys.plot_expert_distribution, ["expert_distribution.csv"]),
+    "load_balance": (journeys.plot_load_balance, ["load_balance.csv"]),
     "gate_confidence": (
-        drawing.plot_gate_confidence,
+        journeys.plot_gate_confidence,
         ["gate_confidence.csv", "gate_histogram.csv", "findings.json"],
     ),
-    "transitions": (drawing.plot_transitions, ["transitions.npz"]),
-    "affinity": (drawing.plot_affinity, ["affinity.npz"]),
-    "correlation": (drawing.plot_correlation, ["correlation.npz"]),
-    "hop_accuracy": (drawing.plot_hop_accuracy, ["hop_accuracy.csv"]),
-    "paths": (drawing.plot_paths, ["paths.csv"]),
-    "top_paths": (drawing.plot_top_paths, ["top_paths.csv"]),
-    "consecutive_tokens": (drawing.plot_consecutive_tokens, ["consecutive_tokens.csv"]),
-    "positions": (drawing.plot_positions, ["positions.csv", "positions_by_layer.csv"]),
-    "token_identity": (drawing.plot_token_identity, ["token_identity.csv"]),
-    "token_routing": (drawing.plot_token_routing, ["token_routing.csv"]),
-    "domain_distribution": (drawing.plot_domain_distribution, ["domain_distribution.csv"]),
-    "domain_difference": (drawing.plot_domain_difference, ["domain_difference.csv"]),
-    "domain_distance": (drawing.plot_domain_distance, ["domain_distance.csv"]),
-    "journey": (lambda examples: drawing.plot_journey(examples, "gsm8k", 2), ["example_journeys.npz"]),
+    "transitions": (journeys.plot_transitions, ["transitions.npz"]),
+    "affinity": (journeys.plot_affinity, ["affinity.npz"]),
+    "correlation": (journeys.plot_correlation, ["correlation.npz"]),
+    "hop_accuracy": (paths.plot_hop_accuracy, ["hop_accuracy.csv"]),
+    "paths": (paths.plot_paths, ["paths.csv"]),
+    "top_paths": (paths.plot_top_paths, ["top_paths.csv"]),
+    "consecutive_tokens": (paths.plot_consecutive_tokens, ["consecutive_tokens.csv"]),
+    "positions": (paths.plot_positions, ["positions.csv", "positions_by_layer.csv"]),
+    "token_identity": (paths.plot_token_identity, ["token_identity.csv"]),
+    "token_routing": (paths.plot_token_routing, ["token_routing.csv"]),
+    "domain_distribution": (paths.plot_domain_distribution, ["domain_distribution.csv"]),
+    "domain_difference": (paths.plot_domain_difference, ["domain_difference.csv"]),
+    "domain_distance": (paths.plot_domain_distance, ["domain_distance.csv"]),
+    "journey": (lambda examples: journeys.plot_journey(examples, "gsm8k", 2), ["example_journeys.npz"]),
 }
 TABLES = {
-    "hop_table": (drawing.hop_table, ["hop_accuracy.csv"]),
-    "transition_table": (drawing.transition_table, ["findings.json"]),
-    "strong_transition_table": (drawing.strong_transition_table, ["strong_transitions.csv"]),
-    "correlation_table": (drawing.correlation_table, ["findings.json", "correlation.npz"]),
-    "path_table": (drawing.path_table, ["top_paths.csv"]),
-    "token_table": (drawing.token_table, ["token_routing.csv"]),
-    "domain_table": (drawing.domain_table, ["domain_summary.csv"]),
-    "specific_expert_table": (drawing.specific_expert_table, ["domain_difference.csv"]),
+    "hop_table": (journey_tables.hop_table, ["hop_accuracy.csv"]),
+    "transition_table": (journey_tables.transition_table, ["findings.json"]),
+    "strong_transition_table": (journey_tables.strong_transition_table, ["strong_transitions.csv"]),
+    "correlation_table": (journey_tables.correlation_table, ["findings.json", "correlation.npz"]),
+    "path_table": (journey_tables.path_table, ["top_paths.csv"]),
+    "token_table": (journey_tables.token_table, ["token_routing.csv"]),
+    "domain_table": (journey_tables.domain_table, ["domain_summary.csv"]),
+    "specific_expert_table": (journey_tables.specific_expert_table, ["domain_difference.csv"]),
 }
 # What there is of one layer, one domain, one problem and no tokens.
 ALONE = {
@@ -206,17 +207,17 @@ def test_one_layer_one_domain_one_problem(name, read):
         else:
             assert len(figure)
     elif name == "strong_transition_table":
-        with pytest.raises(drawing.NothingToDraw, match="--strong-percent"):
+        with pytest.raises(style.NothingToDraw, match="--strong-percent"):
             build(name, read, "single")
     else:
-        with pytest.raises(drawing.NothingToDraw, match="one layer|one data set|no tokens|two apart"):
+        with pytest.raises(style.NothingToDraw, match="one layer|one data set|no tokens|two apart"):
             build(name, read, "single")
 
 
 # -- what is drawn is what the files say
 def test_journey(read):
     collected, examples = CASES["small"], read("example_journeys.npz")
-    assert drawing.journey_names(examples) == {"humaneval": 80, "gsm8k": 80}
+    assert journeys.journey_names(examples) == {"humaneval": 80, "gsm8k": 80}
     row = np.flatnonzero(collected.dataset == "gsm8k")[2]
     top, bottom = build("journey", read).axes
     drawn = {points.get_label(): points for points in top.collections if isinstance(points, PathCollection)}
@@ -229,9 +230,9 @@ def test_journey(read):
     np.testing.assert_allclose(heights, gates.T)
     assert "gsm8k, problem 0, position 2" in top.get_title()
     with pytest.raises(ValueError, match="no example journeys of 'text', only of humaneval, gsm8k"):
-        drawing.plot_journey(examples, "text")
+        journeys.plot_journey(examples, "text")
     with pytest.raises(IndexError, match="journey 80 of gsm8k is not kept: the examples are 0 to 79"):
-        drawing.plot_journey(examples, "gsm8k", 80)
+        journeys.plot_journey(examples, "gsm8k", 80)
 
 
 def test_journey_with_padding_and_without_probabilities(read):
@@ -239,11 +240,11 @@ def test_journey_with_padding_and_without_probabilities(read):
     experts = examples["experts"].astype(np.int16)
     experts[0, 1] = -1  # no expert at this layer
     experts[0, 2, 1] = -1
-    figure = drawing.plot_journey(examples | {"experts": experts}, "humaneval")
+    figure = journeys.plot_journey(examples | {"experts": experts}, "humaneval")
     drawn = {points.get_label(): points.get_offsets().tolist() for points in figure.axes[0].collections}
     assert [layer for layer, _ in drawn["rank 1"]] == [0, 2] and [layer for layer, _ in drawn["rank 2"]] == [0]
     absent = np.full_like(examples["gating_probs"], np.nan)
-    figure = drawing.plot_journey(examples | {"gating_probs": absent}, "humaneval")
+    figure = journeys.plot_journey(examples | {"gating_probs": absent}, "humaneval")
     assert [text.get_text() for text in figure.axes[1].texts] == ["no gate probabilities recorded"]
     figure.draw_without_rendering()
 
@@ -300,8 +301,8 @@ def test_load_balance_and_gates(read):
     np.testing.assert_allclose([bar.get_height() for bar in right.patches], 100 * (gates[:, :, 0] > 0.8).mean(axis=0))
     assert "above 0.8" in right.get_title()
     empty = read("gate_confidence.csv").assign(decisions=0)
-    with pytest.raises(drawing.NothingToDraw, match="no gate probabilities"):
-        drawing.plot_gate_confidence(empty, read("gate_histogram.csv"), read("findings.json"))
+    with pytest.raises(style.NothingToDraw, match="no gate probabilities"):
+        journeys.plot_gate_confidence(empty, read("gate_histogram.csv"), read("findings.json"))
 
 
 def test_transitions(read):
@@ -314,10 +315,10 @@ def test_transitions(read):
     used = transitions["counts"][4, 5].sum(axis=1)
     transitions["counts"][4, 5, used.argmax()] = 0  # an expert that the layer never uses
     used[used.argmax()] = 0
-    (mesh,) = meshes(drawing.plot_transitions(transitions, [5]))
+    (mesh,) = meshes(journeys.plot_transitions(transitions, [5]))
     assert np.isnan(mesh).all(axis=1).tolist() == (used == 0).tolist() and np.isfinite(mesh[used > 0]).all()
     with pytest.raises(ValueError, match="layer 32 has no next one"):
-        drawing.plot_transitions(transitions, [32])
+        journeys.plot_transitions(transitions, [32])
 
 
 @pytest.mark.parametrize("case", ["small", "deep"])
@@ -347,7 +348,7 @@ def test_hop_accuracy(read):
     shown = build("hop_table", read, "deep")
     assert shown.loc[1, "in-sample (%)"] == f"{table['accuracy'][0]:.1f}" and shown.index[-1] == 31
     one_problem = table.assign(held_out_accuracy=np.nan, ci_low=np.nan, ci_high=np.nan, held_out_majority=np.nan)
-    (axes,) = drawing.plot_hop_accuracy(one_problem).axes
+    (axes,) = paths.plot_hop_accuracy(one_problem).axes
     assert len(axes.lines) == 3 and not axes.containers
 
 
@@ -366,10 +367,10 @@ def test_paths(read):
     label = axes.get_yticklabels()[0].get_text()
     path = top.loc[top["length"] == 32, "path"].iloc[0].split(">")
     assert label == "·".join([*path[:6], "…", *path[-3:]])
-    shown = drawing.path_table(top, 4)
+    shown = journey_tables.path_table(top, 4)
     assert shown["path"].iloc[0] == top.loc[top["length"] == 4, "path"].iloc[0].replace(">", "·")
     with pytest.raises(ValueError, match="no paths of 5 layers are listed, only of 2, 4, 8, 32"):
-        drawing.path_table(top, 5)
+        journey_tables.path_table(top, 5)
 
 
 def test_tokens_and_positions(read):
@@ -377,8 +378,8 @@ def test_tokens_and_positions(read):
     for axes, column in zip(build("consecutive_tokens", read).axes, ("agreement", "overlap"), strict=True):
         np.testing.assert_allclose(axes.lines[0].get_ydata(), 100 * consecutive[column])
         np.testing.assert_allclose(axes.lines[1].get_ydata(), 100 * consecutive[f"{column}_chance"])
-    with pytest.raises(drawing.NothingToDraw, match="next to each other"):
-        drawing.plot_consecutive_tokens(consecutive.assign(pairs=0))
+    with pytest.raises(style.NothingToDraw, match="next to each other"):
+        paths.plot_consecutive_tokens(consecutive.assign(pairs=0))
     (axes,) = build("token_identity", read).axes
     np.testing.assert_allclose(axes.lines[0].get_ydata(), 100 * identity["same_token"])
     np.testing.assert_allclose(axes.lines[1].get_ydata(), 100 * identity["any_tokens"])
@@ -393,12 +394,12 @@ def test_tokens_and_positions(read):
     ordered = np.sort(100 * routing["agreement"].dropna())
     np.testing.assert_allclose([bar.get_width() for bar in most.patches], ordered[::-1][:12])
     np.testing.assert_allclose([bar.get_width() for bar in least.patches], ordered[: len(least.patches)])
-    listed = drawing.token_pairs(routing)
+    listed = paths.token_pairs(routing)
     assert len({frozenset(pair) for pair in zip(listed["token"], listed["other"], strict=True)}) == len(listed)
     assert listed["agreement"].is_monotonic_decreasing
     np.testing.assert_allclose([bar.get_width() for bar in pairs.patches], 100 * listed["agreement"][:12])
-    with pytest.raises(drawing.NothingToDraw, match="no token occurs twice"):
-        drawing.plot_token_routing(routing.assign(agreement=np.nan))
+    with pytest.raises(style.NothingToDraw, match="no token occurs twice"):
+        paths.plot_token_routing(routing.assign(agreement=np.nan))
 
 
 def test_tables_show_the_files(read):
@@ -419,7 +420,7 @@ def test_tables_show_the_files(read):
 
 def test_findings_in_words(read):
     found = read("findings.json")
-    text = drawing.findings_text(found)
+    text = journey_tables.findings_text(found)
     assert "160 tokens of 10 problems (humaneval, gsm8k), 3 layers, 2 of 4 experts per token." in text
     assert f"{found['gates'][0]['mean']:.3f}" in text and f"{found['affinity']['adjacent']:.3f}" in text
     assert "labels" in text and "never under 15 %" in text
@@ -430,9 +431,9 @@ def test_findings_in_words(read):
     many = [{"layer": layer, "expert": 0, "percent": 50.0} for layer in range(40)]
     found["dominant_experts"]["experts"] = many
     found["low_accuracy"] = {"below_percent": 15.0, "hop": 2, "reached": True}
-    words = " ".join(drawing.findings_text(found).split())
+    words = " ".join(journey_tables.findings_text(found).split())
     assert "layer 23 E0 (50.0 %) and 16 more." in words and "under 15 % for the first time at 2." in words
-    alone = drawing.findings_text(read("findings.json", "single"))
+    alone = journey_tables.findings_text(read("findings.json", "single"))
     assert "1 layer, 1 of 4 experts" in alone and "Affinity" not in alone and "In-sample" not in alone
 
 
@@ -445,11 +446,11 @@ def test_tokens_survive_the_csv(read):
 
 
 def test_missing_file_names_the_script(tmp_path, capsys):
-    assert drawing.read_result(tmp_path / "affinity.npz") is None
+    assert style.read_result(tmp_path / "affinity.npz", "journeys/02_analyze.py") is None
     shown = capsys.readouterr().out
     assert shown == "affinity.npz is not there yet. Run: python scripts/journeys/02_analyze.py\n"
     with pytest.raises(ValueError, match="x.parquet: results are .csv, .json or .npz"):
-        drawing.read_result(tmp_path / "x.parquet")
+        style.read_result(tmp_path / "x.parquet", "x.py")
 
 
 def test_imports_no_torch():

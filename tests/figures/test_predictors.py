@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 
 from src.base import results
 from src.figures import predictors, style
-from src.figures.journeys import NothingToDraw, read_result
+from src.figures.style import NothingToDraw, read_result
 from src.journeys import expert_cache
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,7 +105,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def read(folders):
-    return lambda name, case="deep": read_result(folders[case] / name)
+    return lambda name, case="deep": read_result(folders[case] / name, "journeys/03_predict.py", ["layer"])
 
 
 # figure -> (function, its file)
