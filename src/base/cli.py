@@ -409,9 +409,10 @@ def _add(parser: argparse.ArgumentParser, name: str, default: Any) -> None:
         text = ",".join(map(str, default)) if isinstance(default, list) and flag.nargs is None else default
         text = " ".join(map(str, text)) if isinstance(text, list) else text
         shown += f" (default: {text})".replace("%", "%%")
+    # A flag of several values may be repeated: none of them is lost.
     parser.add_argument(
-        option, type=flag.read, choices=flag.choices, nargs=flag.nargs, metavar=flag.metavar, const=flag.const,
-        default=argparse.SUPPRESS, help=shown,
+        option, action="extend" if flag.nargs == "+" else "store", type=flag.read, choices=flag.choices,
+        nargs=flag.nargs, metavar=flag.metavar, const=flag.const, default=argparse.SUPPRESS, help=shown,
     )  # fmt: skip
 
 

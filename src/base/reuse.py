@@ -69,6 +69,9 @@ class Pieces:
         beside = path.with_suffix(".npz")
         found = self.find(label, depends)
         if found is None or not beside.is_file() or hashlib.sha256(beside.read_bytes()).hexdigest() != found["sha256"]:
+            if found is not None:
+                self.reused.remove(label)
+                self.reasons[label] = ["a damaged file"]
             data = npz_bytes(dict(compute()))
             replace_file(beside, data)
             self.keep(label, depends, {"sha256": hashlib.sha256(data).hexdigest()})

@@ -1,35 +1,24 @@
-"""Figures and tables of the use of experts, gates and transitions, and the findings in words.
+"""Figures of the use of experts, gates and transitions.
 
-Each `plot_*` function takes what `panels.read_result` returned, draws one matplotlib Figure and returns it; `*_table`
-functions return a DataFrame for display. Where a file is complete but has nothing for a figure (one layer, one data
-set, no token texts), `NothingToDraw` says why.
+Each `plot_*` function takes what `style.read_result` returned, draws one matplotlib Figure and returns it. Where a file
+is complete but has nothing for a figure (one layer, one data set, no token texts), `NothingToDraw` says why.
 
 "Layer" is the model's layer id, "the expert" of a layer its strongest one. Signed values are in ColorBrewer's PuOr
 (colour-blind safe, white = 0); grey = no value.
 """
 
-import textwrap
-
 import numpy as np
-import pandas as pd
 
 from src.figures.panels import (
-    colours_for,
     counted,
     expert_grid,
     expert_panels,
     heatmap,
+    line_colours,
     named,
-    number_text,
     whole_numbers,
 )
 from src.figures.style import MARKERS, SERIES, NothingToDraw, new_figure, plain
-
-
-def _listed(items, most=24):
-    """Items in words, cut after `most`."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return (", ".join(items[:most]) or "none") + more
 
 
 # -- dashboard
@@ -120,7 +109,7 @@ def plot_gate_confidence(confidence, histogram, findings):
     layers = confidence[confidence["layer"].astype(str) != "all"].assign(layer=lambda rows: rows["layer"].astype(int))
     threshold = findings["gates"][0]["threshold"]
     ranks = list(overall.index)
-    colours, highest = colours_for(len(ranks)), 0.1
+    colours, highest = line_colours(len(ranks)), 0.1
     figure, (left, middle, right) = new_figure(14, 4.2, 1, 3)
     for rank, colour, marker in zip(ranks, colours, MARKERS * len(ranks), strict=False):
         bins = histogram[(histogram["layer"].astype(str) == "all") & (histogram["rank"] == rank)]
@@ -258,108 +247,3 @@ def plot_correlation(correlation):
         (cramers_v, "Cramér's V: independent of the numbering", "Cramér's V", _span(cramers_v, low=0.0)),
     )
     return _pair_panels((1, 3), layers, ("layer", "layer"), parts)
-
-
-def transition_table(findings):
-    """P(target expert | source expert) of the most predictable pair of neighbouring layers. findings.json.
-
-    Raises NothingToDraw for one layer."""
-    best = findings["most_predictable"]
-    if best is None:
-        raise NothingToDraw("one layer only: there are no transitions")
-    matrix = np.array(best["transitions"], dtype=float)
-    source, target = (
-        [f"layer {best[key]}, expert {expert}" for expert in range(len(matrix))]
-        for key in ("source_layer", "target_layer")
-    )
-    corner = f"affinity {best['affinity']:.3f}"
-    return pd.DataFrame(matrix, index=source, columns=pd.Index(target, name=corner)).round(3)
-
-
-def strong_transition_table(strong, most=20):
-    """The likeliest transitions between neighbouring layers. `strong`: strong_transitions.csv.
-
-    Raises NothingToDraw where none is likely enough."""
-    if strong.empty:
-        raise NothingToDraw("no transition is likelier than --strong-percent of scripts/journeys/02_analyze.py")
-    table = strong.sort_values(["percent", "count"], ascending=False, kind="stable").head(most)
-    return pd.DataFrame(
-        {
-            "layers": [f"{a} to {b}" for a, b in zip(table["source_layer"], table["target_layer"], strict=True)],
-            "experts": [f"{a} to {b}" for a, b in zip(table["source_expert"], table["target_expert"], strict=True)],
-            "tokens": table["count"].to_numpy(),
-            "probability (%)": [f"{value:.1f}" for value in table["percent"]],
-        }
-    )
-
-
-def correlation_table(findings, correlation):
-    """The strongest correlations of expert ids of layers that are no neighbours, beside what renumbering makes of them.
-
-    `findings`, `correlation`: findings.json, correlation.npz. Raises NothingToDraw for fewer than three layers."""
-    rows = findings["strongest_id_correlations"]
-    if not rows:
-        raise NothingToDraw("there are no layers two apart, or none that uses two experts")
-    place = {int(layer): index for index, layer in enumerate(correlation["layers"])}
-    cells = [(place[row["layer_a"]], place[row["layer_b"]]) for row in rows]
-    return pd.DataFrame(
-        {
-            "layers": [f"{row['layer_a']} and {row['layer_b']}" for row in rows],
-            "r of ids": [f"{row['r']:+.3f}" for row in rows],
-            "r, renumbered": [number_text(correlation["id_correlation_relabelled"][cell], "{:+.3f}") for cell in cells],
-            "Cramér's V": [number_text(correlation["cramers_v"][cell], "{:.3f}") for cell in cells],
-        }
-    )
-
-
-def findings_text(findings, width=110):
-    """findings.json in words: a few wrapped paragraphs of plain text."""
-    parts = [
-        f"{counted(findings['tokens'], 'token')} of {counted(findings['problems'], 'problem')} "
-        f"({', '.join(findings['domains'])}), "
-        f"{counted(findings['layers'])}, {findings['experts_per_token']} of {findings['experts']} "
-        "experts per token."
-    ]
-    dominant = findings["dominant_experts"]
-    listed = [f"layer {e['layer']} E{e['expert']} ({e['percent']:.1f} %)" for e in dominant["experts"]]
-    parts.append(f"Experts that take over {dominant['above_percent']:g} % of a layer's tokens: {_listed(listed)}.")
-    for gate in findings["gates"][:1]:
-        parts.append(
-            f"Gates: the strongest expert gets {number_text(gate['mean'], '{:.3f}')} on average (standard deviation "
-            f"{number_text(gate['std'], '{:.3f}')}); {number_text(gate['percent_above'])} % of the decisions are above "
-            f"{gate['threshold']:g}."
-        )
-    affinity = findings["affinity"]
-    if affinity["adjacent"] is not None:
-        far = affinity["non_adjacent"]
-        gain = affinity["adjacent_advantage_percent"]
-        others = f", of others {far:.3f} ({gain:+.1f} % for neighbours)" if far else ""
-        parts.append(f"Affinity (the reference's measure) of neighbouring layers {affinity['adjacent']:.3f}{others}.")
-    accuracy = [f"{value:.1f} % at {hop}" for hop, value in findings["hop_accuracy_percent"].items()]
-    if accuracy:
-        low = findings["low_accuracy"]
-        below = f"under {low['below_percent']:g} %"
-        when = f"{below} for the first time at {low['hop']}" if low["reached"] else f"never {below}"
-        parts.append(f"In-sample accuracy by layers ahead: {', '.join(accuracy)}; {when}.")
-    best = findings["most_predictable"]
-    if best is not None:
-        strong = [f"E{s['source_expert']} to E{s['target_expert']} ({s['percent']:.1f} %)" for s in best["strong"]]
-        parts.append(
-            f"Most predictable neighbours: layer {best['source_layer']} to {best['target_layer']} (affinity "
-            f"{best['affinity']:.3f}); strong transitions: {_listed(strong, 12)}."
-        )
-    paths = findings["paths"]
-    parts.append(
-        f"{paths['unique']:,} different paths, {100 * paths['uniqueness_ratio']:.2f} % of the tokens; a token meets "
-        f"{findings['unique_experts_per_token']:.2f} different experts on its way."
-    )
-    correlations = [
-        f"layers {row['layer_a']} and {row['layer_b']} ({row['r']:+.3f})"
-        for row in findings["strongest_id_correlations"]
-    ]
-    if correlations:
-        parts.append(
-            f"Strongest correlations of expert ids of layers that are no neighbours: {', '.join(correlations)}. "
-            f"{findings['id_correlation_note']}"
-        )
-    return "\n".join(textwrap.fill(part, width, subsequent_indent="    ") for part in parts)

@@ -1,9 +1,8 @@
-"""What figures of journeys and of predictors share: reading their files, numbers as text, heat maps over layers."""
+"""What figures and tables of journeys and of predictors share: numbers as text, names of axes, heat maps."""
 
 import math
 
 import numpy as np
-import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import MaxNLocator
 
@@ -11,14 +10,6 @@ from src.figures import style
 
 AMOUNT_MAP = style.SPARSITY_MAP
 NO_VALUE = "0.82"  # grey of cells without a value
-
-
-def read_result(path, script="journeys/02_analyze.py"):
-    """Read one result file as `style.read_result` does, with layers as numbers where every row is of one layer."""
-    content = style.read_result(path, script)
-    if isinstance(content, pd.DataFrame) and "layer" in content and "all" not in set(content["layer"]):
-        content["layer"] = pd.to_numeric(content["layer"])
-    return content
 
 
 # -- numbers as text
@@ -61,7 +52,7 @@ def legend_right(axes, title=None):
     axes.legend(fontsize=8.5, title=title, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
-def colours_for(count):
+def line_colours(count):
     """`count` colours for lines side by side."""
     return style.SERIES[:count] if count <= len(style.SERIES) else sns.color_palette(AMOUNT_MAP, count)
 
@@ -120,3 +111,17 @@ def expert_panels(grids, numbers=".0f", least=7.0):
         heatmap(panel, values, label, experts, layers, limits=limits, numbers=numbers if few else None)
         named(panel, "layer", "expert", title)
     return figure, panels, few
+
+
+# -- files without what a figure shows
+def needs_tokens(table):
+    """Raises NothingToDraw where the records name no tokens."""
+    if table.empty:
+        raise style.NothingToDraw("the records name no tokens")
+
+
+def pairs_of(table):
+    """[(domain a, domain b, its rows)] of a table over pairs of domains. Raises NothingToDraw where there is none."""
+    if table.empty:
+        raise style.NothingToDraw("one data set only: there is nothing to compare")
+    return [(a, b, rows) for (a, b), rows in table.groupby(["domain_a", "domain_b"], sort=False)]

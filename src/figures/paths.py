@@ -1,27 +1,26 @@
-"""Figures and tables of paths, tokens, positions and domains: what routing depends on, and what it foretells.
+"""Figures of paths, tokens, positions and domains: what routing depends on, and what it foretells.
 
-Each `plot_*` function takes what `panels.read_result` returned, draws one matplotlib Figure and returns it; `*_table`
-functions return a DataFrame for display. Where a file is complete but has nothing for a figure (one layer, one data
-set, no token texts), `NothingToDraw` says why. "The expert" of a layer is its strongest one.
+Each `plot_*` function takes what `style.read_result` returned, draws one matplotlib Figure and returns it. Where a file
+is complete but has nothing for a figure (one layer, one data set, no token texts), `NothingToDraw` says why.
+"The expert" of a layer is its strongest one.
 """
 
 import matplotlib
 import numpy as np
-import pandas as pd
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from src.figures.panels import (
-    colours_for,
     counted,
     expert_grid,
     expert_panels,
     heatmap,
-    interval_texts,
     layer_width,
     legend_right,
+    line_colours,
     named,
+    needs_tokens,
     number_text,
-    percent_texts,
+    pairs_of,
     whole_numbers,
 )
 from src.figures.style import BLACK, MARKERS, SERIES, SIGNIFICANT, NothingToDraw, new_figure, plain, reach
@@ -37,14 +36,6 @@ def _log_if_wide(axes, values):
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     return " (logarithmic)"
-
-
-def _short_path(path, most=10):
-    """ "6>5>0" as "6·5·0"; of a long path the first and the last experts."""
-    experts = path.split(">")
-    if len(experts) > most:
-        experts = [*experts[:6], "…", *experts[-3:]]
-    return "·".join(experts)
 
 
 def plot_hop_accuracy(hops):
@@ -82,7 +73,7 @@ def plot_paths(paths):
     """How many different paths tokens take, by first layer: a line for each length of the path. paths.csv."""
     lengths = sorted(paths["length"].unique())
     figure, axes = new_figure(9, 4.2)
-    for length, colour, marker in zip(lengths, colours_for(len(lengths)), MARKERS * len(lengths), strict=False):
+    for length, colour, marker in zip(lengths, line_colours(len(lengths)), MARKERS * len(lengths), strict=False):
         rows = paths[paths["length"] == length].sort_values("start_layer")
         share = 100 * rows["uniqueness_ratio"]
         axes.plot(rows["start_layer"], share, "-", color=colour, marker=marker, ms=5, label=counted(length))
@@ -94,22 +85,6 @@ def plot_paths(paths):
     legend_right(axes, title="length")
     whole_numbers(axes)
     return figure
-
-
-def path_table(top_paths, most=10):
-    """The most common paths of every length for display, at most `most` of each. `top_paths`: top_paths.csv."""
-    table = top_paths[top_paths["rank"] <= most]
-    return pd.DataFrame(
-        {
-            "layers": table["length"].to_numpy(),
-            "first layer": table["start_layer"].to_numpy(),
-            "path": [_short_path(path, 14) for path in table["path"]],
-            "tokens": table["count"].to_numpy(),
-            "share (%)": [f"{value:.2f}" for value in table["percent"]],
-            "token texts": table["token_texts"].to_numpy(),
-        },
-        index=pd.Index(table["rank"], name="rank"),
-    )
 
 
 # -- tokens and positions
@@ -179,17 +154,12 @@ def plot_positions(positions, by_layer):
     return figure
 
 
-def _needs_tokens(table):
-    if table.empty:
-        raise NothingToDraw("the records name no tokens")
-
-
 def plot_token_identity(identity):
     """How often two occurrences of the same token share the strongest expert, against any two tokens, by layer.
 
     `identity`: token_identity.csv. Raises NothingToDraw for records without tokens.
     """
-    _needs_tokens(identity)
+    needs_tokens(identity)
     figure, axes = new_figure(9, 4.0)
     _against_chance(axes, identity, "same_token", "any_tokens", ("the same token", "any two tokens"))
     axes.set_ylim(0, 100)
@@ -198,46 +168,14 @@ def plot_token_identity(identity):
     return figure
 
 
-def token_table(routing, order="count", most=20):
-    """Frequent tokens for display: how alike their occurrences are routed, their paths, the nearest token.
-
-    Args:
-        routing: token_routing.csv.
-        order: the column by which tokens are sorted, the largest first: `count`; `agreement`, those whose occurrences
-            are routed most alike; `nearest_agreement`, those that share routing with another token.
-        most: how many tokens are listed.
-
-    Raises:
-        NothingToDraw: the records have no tokens.
-    """
-    _needs_tokens(routing)
-    table = routing.sort_values(order, ascending=False, kind="stable").head(most)
-    return pd.DataFrame(
-        {
-            "token": [repr(token) for token in table["token"]],
-            "occurrences": table["count"].to_numpy(),
-            "agreement (%)": percent_texts(table["agreement"]),
-            "different paths": table["paths"].to_numpy(),
-            "on the commonest (%)": [number_text(value) for value in table["common_path_percent"]],
-            "nearest token": [repr(token) for token in table["nearest"]],
-            "agreement with it (%)": percent_texts(table["nearest_agreement"]),
-        }
-    )
-
-
 # -- domains
-def _pairs_of(table):
-    """[(domain a, domain b, its rows)] of a table over pairs of domains. Raises NothingToDraw where there is none."""
-    if table.empty:
-        raise NothingToDraw("one data set only: there is nothing to compare")
-    return [(a, b, rows) for (a, b), rows in table.groupby(["domain_a", "domain_b"], sort=False)]
 
 
 def plot_domain_difference(difference):
     """Heat map expert x layer of one domain's usage minus another's; dots: experts that are specific to one of them.
 
     `difference`: domain_difference.csv; a panel for each pair. Raises NothingToDraw for one data set."""
-    pairs = _pairs_of(difference)
+    pairs = pairs_of(difference)
     bound = float(np.nanmax(np.abs(difference["difference"]), initial=1e-9))
     grids = []
     for first, second, rows in pairs:
@@ -264,10 +202,10 @@ def plot_domain_distance(distance):
 
     `distance`: domain_distance.csv; p from a permutation of problems between the domains, corrected for all layers.
     Raises NothingToDraw for one data set."""
-    pairs = _pairs_of(distance)
+    pairs = pairs_of(distance)
     figure, axes = new_figure(layer_width(distance["layer"].nunique(), 9.0), 4.2)
     for (first, second, rows), colour, marker in zip(
-        pairs, colours_for(len(pairs)), MARKERS * len(pairs), strict=False
+        pairs, line_colours(len(pairs)), MARKERS * len(pairs), strict=False
     ):  # fmt: skip
         count = f"{rows['problems_a'].iloc[0]} + {rows['problems_b'].iloc[0]} problems"
         axes.plot(rows["layer"], rows["js_distance"], "-", color=colour, lw=1.2)
@@ -283,58 +221,3 @@ def plot_domain_distance(distance):
     whole_numbers(axes)
     legend_right(axes)
     return figure
-
-
-def domain_table(summary):
-    """domain_summary.csv for display."""
-    return pd.DataFrame(
-        {
-            "domain": summary["domain"],
-            "problems": summary["problems"],
-            "tokens": [f"{tokens:,}" for tokens in summary["tokens"]],
-            "mean probability of the strongest": [number_text(value, "{:.3f}") for value in summary["mean_confidence"]],
-            "confident decisions (%)": [number_text(value) for value in summary["high_confidence_percent"]],
-            "different experts per token": [number_text(value, "{:.2f}") for value in summary["unique_experts"]],
-        }
-    )
-
-
-def specific_expert_table(difference, most=10):
-    """The experts that differ most between two domains, at most `most` for each preference. domain_difference.csv.
-
-    Raises NothingToDraw for one data set, or where no expert is specific to one."""
-    _pairs_of(difference)
-    marked = difference[difference["prefers"] != ""]
-    if marked.empty:
-        raise NothingToDraw("no expert's usage differs by more than --domain-percent of scripts/journeys/02_analyze.py")
-    marked = marked.assign(size=marked["difference"].abs()).sort_values("size", ascending=False, kind="stable")
-    marked = marked.groupby(["domain_a", "domain_b", "prefers"], sort=False).head(most)
-    table = marked.sort_values(["domain_a", "domain_b", "prefers", "size"], ascending=[True, True, True, False])
-    return pd.DataFrame(
-        {
-            "preferred in": table["prefers"],
-            "compared": table["domain_a"] + " / " + table["domain_b"],
-            "layer": table["layer"],
-            "expert": table["expert"],
-            "usage (%)": [f"{a:.1f} / {b:.1f}" for a, b in zip(table["percent_a"], table["percent_b"], strict=True)],
-            "difference (points)": [f"{value:+.1f}" for value in table["difference"]],
-        }
-    ).reset_index(drop=True)
-
-
-def hop_table(hops, shown=(1, 2, 3, 5, 10, 15, 20, 25, 31)):
-    """hop_accuracy.csv for display, at some hops and the last. Raises NothingToDraw for one layer."""
-    if not len(hops):
-        raise NothingToDraw("one layer only: there is no layer ahead")
-    table = hops[hops["hop"].isin([*shown, hops["hop"].max()])]
-    return pd.DataFrame(
-        {
-            "in-sample (%)": [number_text(value) for value in table["accuracy"]],
-            "majority, in-sample (%)": [number_text(value) for value in table["majority"]],
-            "held out (%)": [number_text(value) for value in table["held_out_accuracy"]],
-            "95 % interval": interval_texts(table["ci_low"], table["ci_high"]),
-            "majority, held out (%)": [number_text(value) for value in table["held_out_majority"]],
-            "random (%)": [number_text(value) for value in table["random"]],
-        },
-        index=pd.Index(table["hop"], name="layers ahead"),
-    )

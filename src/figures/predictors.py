@@ -1,6 +1,6 @@
 """Figures and tables about predicting experts, and what a cache with such predictions would buy.
 
-Each `plot_*` function takes what `panels.read_result` returned, draws one matplotlib Figure and returns it; `*_table`
+Each `plot_*` function takes what `style.read_result` returned, draws one matplotlib Figure and returns it; `*_table`
 functions return a DataFrame for display. Where a file has nothing for a figure (one hop, one data set, no
 prefetching), `NothingToDraw` says why. Shares of the files are shown in percent. Figures of the cache say on them
 that they are theory: `expert_cache` says what the simulation leaves out.

@@ -83,11 +83,12 @@ class NothingToDraw(ValueError):
 
 
 # -- files
-def read_result(path, script):
+def read_result(path, script, inferred=()):
     """Read one result file; where it is missing, print which script writes it and return None.
 
     path: .csv -> DataFrame (TEXT_COLUMNS stay text, an empty cell of the others is NaN), .json -> dict or list, .npz ->
-    dict of arrays. script: "05_sweep_alpha.py". Raises ValueError for another suffix.
+    dict of arrays. script: "05_sweep_alpha.py". inferred: columns of TEXT_COLUMNS whose type follows from their
+    cells all the same (the journeys' layers are numbers). Raises ValueError for another suffix.
     """
     path = Path(path)
     if path.suffix not in (".csv", ".json", ".npz"):
@@ -101,9 +102,9 @@ def read_result(path, script):
         with np.load(path) as archive:
             return {name: archive[name] for name in archive.files}
     # A token may be a carriage return, or read "null".
-    types = dict.fromkeys(TEXT_COLUMNS, str)
+    types = {column: str for column in TEXT_COLUMNS if column not in inferred}
     table = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""], lineterminator="\n")
-    text = [column for column in TEXT_COLUMNS if column in table]
+    text = [column for column in types if column in table]
     table[text] = table[text].fillna("")
     return table
 

@@ -99,6 +99,10 @@ def test_values_are_read_by_their_types():
     assert {"alphas", "layers", "quick", "prompts"} <= arguments.given and "restart" not in arguments.given
 
 
+def test_a_repeated_flag_of_several_values_keeps_them_all():
+    assert parse("--prompts", "a", "--prompts", "b", "c", names=("prompts",)).prompts == ["a", "b", "c"]
+
+
 def test_defaults_are_those_of_the_model_asked_for():
     names = ["model", "quick", "window_tokens", "documents", "steps_b"]
     found = {

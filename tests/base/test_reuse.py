@@ -87,7 +87,8 @@ def test_arrays_are_kept_beside_the_piece(tmp_path):
         archive.unlink() if damaged is None else archive.write_bytes(damaged)
         other = Pieces(tmp_path, COMMON)
         assert np.array_equal(other.arrays("maps", DEPENDS, lambda: {"x": np.zeros(1)})["x"], np.zeros(1))
-        assert other.computed == ["maps"]
+        assert other.computed == ["maps"] and other.reused == []
+        assert other.report() == "computed again, because of a damaged file: maps"
 
 
 def test_a_long_report_is_cut(tmp_path):

@@ -20,7 +20,7 @@ from nbclient import NotebookClient
 
 import config
 from src.base import results
-from src.figures import journeys, panels, paths, style
+from src.figures import journey_tables, journeys, paths, style
 from src.journeys import tables
 from src.journeys.sample import to_sample
 
@@ -30,7 +30,9 @@ NOTEBOOK = ROOT / "notebooks" / "moe_routing_analysis.ipynb"
 TEXTS = ("\n", "$x$", "def", "null", " the", "\r", "1", "a very long token indeed")
 
 
-def made_up(layers=3, experts=4, slots=2, domains=("humaneval", "gsm8k"), problems=5, length=16, texts=True, first=0):
+def some_journeys(
+    layers=3, experts=4, slots=2, domains=("humaneval", "gsm8k"), problems=5, length=16, texts=True, first=0
+):
     """Journeys as a store holds them: an expert follows from the one before and the token, and gsm8k likes expert 0."""
     rng = np.random.default_rng(layers)
     rows = len(domains) * problems * length
@@ -82,9 +84,9 @@ def write_results(folder, collected):
 
 
 CASES = {
-    "small": made_up(),
-    "deep": made_up(32, 8, problems=3, first=1),
-    "single": made_up(1, 4, 1, ("gsm8k",), 1, 9, texts=False),
+    "small": some_journeys(),
+    "deep": some_journeys(32, 8, problems=3, first=1),
+    "single": some_journeys(1, 4, 1, ("gsm8k",), 1, 9, texts=False),
 }
 
 
@@ -96,7 +98,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def read(folders):
-    return lambda name, case="small": panels.read_result(folders[case] / name)
+    return lambda name, case="small": style.read_result(folders[case] / name, "journeys/02_analyze.py", ["layer"])
 
 
 # figure -> (function, the files that it is drawn from)
@@ -120,14 +122,14 @@ FIGURES = {
     "journey": (lambda examples: journeys.plot_journey(examples, "gsm8k", 2), ["example_journeys.npz"]),
 }
 TABLES = {
-    "hop_table": (paths.hop_table, ["hop_accuracy.csv"]),
-    "transition_table": (journeys.transition_table, ["findings.json"]),
-    "strong_transition_table": (journeys.strong_transition_table, ["strong_transitions.csv"]),
-    "correlation_table": (journeys.correlation_table, ["findings.json", "correlation.npz"]),
-    "path_table": (paths.path_table, ["top_paths.csv"]),
-    "token_table": (paths.token_table, ["token_routing.csv"]),
-    "domain_table": (paths.domain_table, ["domain_summary.csv"]),
-    "specific_expert_table": (paths.specific_expert_table, ["domain_difference.csv"]),
+    "hop_table": (journey_tables.hop_table, ["hop_accuracy.csv"]),
+    "transition_table": (journey_tables.transition_table, ["findings.json"]),
+    "strong_transition_table": (journey_tables.strong_transition_table, ["strong_transitions.csv"]),
+    "correlation_table": (journey_tables.correlation_table, ["findings.json", "correlation.npz"]),
+    "path_table": (journey_tables.path_table, ["top_paths.csv"]),
+    "token_table": (journey_tables.token_table, ["token_routing.csv"]),
+    "domain_table": (journey_tables.domain_table, ["domain_summary.csv"]),
+    "specific_expert_table": (journey_tables.specific_expert_table, ["domain_difference.csv"]),
 }
 # What there is of one layer, one domain, one problem and no tokens.
 ALONE = {
@@ -345,13 +347,13 @@ def test_paths(read):
         rows = table[table["length"] == length]
         np.testing.assert_allclose(line.get_ydata(), 100 * rows["uniqueness_ratio"])
         assert line.get_xdata().tolist() == rows["start_layer"].tolist()
-    shown = paths.path_table(top)
+    shown = journey_tables.path_table(top)
     assert shown["layers"].tolist() == top["length"].tolist() and shown["tokens"].tolist() == top["count"].tolist()
     short = top.loc[top["length"] == 4, "path"].iloc[0]
     assert shown.loc[shown["layers"] == 4, "path"].iloc[0] == short.replace(">", "·")
     path = top.loc[top["length"] == 32, "path"].iloc[0].split(">")
     assert shown.loc[shown["layers"] == 32, "path"].iloc[0] == "·".join([*path[:6], "…", *path[-3:]])
-    assert set(paths.path_table(top, 3).index) == {1, 2, 3}
+    assert set(journey_tables.path_table(top, 3).index) == {1, 2, 3}
 
 
 def test_tokens_and_positions(read):
@@ -386,7 +388,7 @@ def test_tables_show_the_files(read):
     tokens = build("token_table", read)
     assert set(tokens["token"]) <= {repr(text) for text in CASES["small"].token} and "'\\r'" in set(tokens["token"])
     routing = read("token_routing.csv")
-    alike = paths.token_table(routing, "agreement", 3)
+    alike = journey_tables.token_table(routing, "agreement", 3)
     largest = routing["agreement"].sort_values(ascending=False).head(3)
     assert alike["agreement (%)"].tolist() == [f"{100 * value:.1f}" for value in largest]
     assert build("domain_table", read)["tokens"].tolist() == ["80", "80"]
@@ -394,7 +396,7 @@ def test_tables_show_the_files(read):
 
 def test_findings_in_words(read):
     found = read("findings.json")
-    text = journeys.findings_text(found)
+    text = journey_tables.findings_text(found)
     assert "160 tokens of 10 problems (humaneval, gsm8k), 3 layers, 2 of 4 experts per token." in text
     assert f"{found['gates'][0]['mean']:.3f}" in text and f"{found['affinity']['adjacent']:.3f}" in text
     assert "labels" in text and "never under 15 %" in text
@@ -405,9 +407,9 @@ def test_findings_in_words(read):
     many = [{"layer": layer, "expert": 0, "percent": 50.0} for layer in range(40)]
     found["dominant_experts"]["experts"] = many
     found["low_accuracy"] = {"below_percent": 15.0, "hop": 2, "reached": True}
-    words = " ".join(journeys.findings_text(found).split())
+    words = " ".join(journey_tables.findings_text(found).split())
     assert "layer 23 E0 (50.0 %) and 16 more." in words and "under 15 % for the first time at 2." in words
-    alone = journeys.findings_text(read("findings.json", "single"))
+    alone = journey_tables.findings_text(read("findings.json", "single"))
     assert "1 layer, 1 of 4 experts" in alone and "Affinity" not in alone and "In-sample" not in alone
 
 
@@ -420,15 +422,15 @@ def test_tokens_survive_the_csv(read):
 
 
 def test_missing_file_names_the_script(tmp_path, capsys):
-    assert panels.read_result(tmp_path / "affinity.npz") is None
+    assert style.read_result(tmp_path / "affinity.npz", "journeys/02_analyze.py") is None
     shown = capsys.readouterr().out
     assert shown == "affinity.npz is not there yet. Run: python scripts/journeys/02_analyze.py\n"
     with pytest.raises(ValueError, match="x.parquet: results are .csv, .json or .npz"):
-        panels.read_result(tmp_path / "x.parquet")
+        style.read_result(tmp_path / "x.parquet", "x.py")
 
 
 def test_imports_no_torch():
-    code = "import sys; from src.figures import journeys, panels, paths; sys.exit('torch' in sys.modules)"
+    code = "import sys; from src.figures import journey_tables, journeys, paths; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

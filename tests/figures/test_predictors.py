@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from nbclient import NotebookClient
 
 from src.base import results
-from src.figures import panels, predictors, style
+from src.figures import predictors, style
 from src.journeys import expert_cache
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +104,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def read(folders):
-    return lambda name, case="deep": panels.read_result(folders[case] / name)
+    return lambda name, case="deep": style.read_result(folders[case] / name, "journeys/03_predict.py", ["layer"])
 
 
 # figure -> (function, its file)
