@@ -10,15 +10,19 @@ and what the routers were given where that is wanted; `router_arrays` are the ro
 
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
+
+from src.models.families import model_type_of
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
 # Experts that are named where the model has no K of its own (BlockFFN), unless E is smaller.
@@ -31,25 +35,35 @@ _CHECKED_TOKENS = 256  # of the first forward, per layer
 
 @dataclass(frozen=True)
 class TopK:
-    """The K strongest experts of every token at the L layers that have a router.
+    """The K strongest experts of every token at the L layers that have a router."""
 
-    Attributes:
-        layers: indices of those decoder layers, ascending.
-        experts [L, B, T, K] int16: strongest first; -1 where fewer than K are active.
-        gating_probs [L, B, T, K] float32: sum 1 over the K chosen; 0 where `experts` is -1.
-        num_experts: E.
-    """
-
-    layers: tuple[int, ...]
-    experts: torch.Tensor
-    gating_probs: torch.Tensor
-    num_experts: int
+    layers: tuple[int, ...]  # indices of those decoder layers, ascending
+    experts: torch.Tensor  # [L, B, T, K] int16, strongest first; -1 where fewer than K are active
+    gating_probs: torch.Tensor  # [L, B, T, K] float32, of sum 1 over the K chosen; 0 where `experts` is -1
+    num_experts: int  # E
 
 
-class _HookHolder:
-    """Removes the hooks of a subclass at the end of a `with`, by `close()`, or with the last reference to it."""
+@dataclass(frozen=True)
+class _Router:
+    """The modules of a router."""
 
-    _finalizer: weakref.finalize
+    block: nn.Module  # that runs it: BlockFFN's MLP, or the decoder layer
+    matrix: nn.Module  # that is given its input [.., D] and holds its weights [E, D]
+    output: nn.Module  # whose output tells the choice: BlockFFN's activation function, else `matrix` itself
+    index: int | None = None  # the place of the logits in that output; None for BlockFFN
+
+
+class _RouterHooks:
+    """Hooks on a model's routers, removed at the end of a `with`, by `close()`, or with the last reference to this."""
+
+    def _find(self, model: nn.Module) -> dict[int, _Router]:
+        """The routers by layer. They are not kept: an extractor that outlives its model must not keep it alive."""
+        routers, self.layers_without_router = _find_routers(model)
+        self.layers = list(routers)
+        self._is_blockffn = routers[self.layers[0]].index is None
+        self._handles: list[RemovableHandle] = []
+        self._finalizer = weakref.finalize(self, _remove, self._handles)
+        return routers
 
     def __enter__(self):
         return self
@@ -61,8 +75,36 @@ class _HookHolder:
         """Remove the hooks; harmless when done twice."""
         self._finalizer()
 
+    def _watch(
+        self, model: nn.Module, routers: dict[int, _Router], kept: Sequence[dict], note: Callable, commit: Callable
+    ) -> None:
+        """Call note(layer, index, module, output) -> tensors [.., X] whenever a router has run, and commit(layer,
+        *tensors [B, T, X]) when all of its block has: a look-ahead gate may call it earlier, on other input.
 
-class RoutingExtractor(_HookHolder):
+        `kept` are emptied before every forward. The hooks hold them, never the extractor (nor may `note` and `commit`):
+        else the model would keep an abandoned extractor alive.
+        """
+        pending: dict[int, tuple[torch.Tensor, ...]] = {}
+
+        def clear(module, arguments):
+            for captured in (*kept, pending):
+                captured.clear()
+
+        def noting(layer, index, module, arguments, output):
+            pending[layer] = note(layer, index, module, output)
+
+        def committing(layer, module, arguments, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            # softmax routers see [B*T, D], so the block's output says what B and T are
+            commit(layer, *(rows.view(*hidden.shape[:2], rows.shape[-1]) for rows in pending.pop(layer)))
+
+        self._handles.append(model.register_forward_pre_hook(clear))
+        for layer, router in routers.items():
+            self._handles.append(router.output.register_forward_hook(partial(noting, layer, router.index)))
+            self._handles.append(router.block.register_forward_hook(partial(committing, layer)))
+
+
+class RoutingExtractor(_RouterHooks):
     """Captures every layer's router activations, the output of `router_act_fn`, at each forward.
 
     On a model with top-k softmax routers the signal is the raw softmax over all experts, float32. Layers without a
@@ -79,33 +121,25 @@ class RoutingExtractor(_HookHolder):
     """
 
     def __init__(self, model: nn.Module, on_layer: Callable[[int, torch.Tensor], None] | None = None):
-        """on_layer(layer, router_activations [B, T, E]), where given, is called once per layer in each forward.
+        """on_layer(layer, router_activations [B, T, E]), where given, is called once per layer in each forward, and
+        nothing is kept, so that a long evaluation holds one layer's signal at a time."""
+        captured: dict[int, torch.Tensor] = {}
+        self._captured = captured
 
-        Nothing is kept then, so that a long evaluation holds one layer's signal at a time.
-        """
-        routers, softmax_routers, self.layers_without_router = _find_routers(model)
-        self._has_zeros = bool(routers)
-        self.layers = sorted(routers or softmax_routers)
-        self._captured: dict[int, torch.Tensor] = {}
-        # The hooks hold these two, never the extractor: else the model would keep an abandoned extractor alive.
-        captured, pending = self._captured, {}
-        handles = [model.register_forward_pre_hook(_clearing(captured, pending))]
-        for layer, mlp in sorted(routers.items()):
-            handles.append(mlp.router_act_fn.register_forward_hook(_noting(layer, pending)))
-            handles.append(mlp.register_forward_hook(_committing(layer, pending, captured, on_layer)))
-        for layer, found in sorted(softmax_routers.items()):
-            handles.append(found.router.register_forward_hook(_noting_softmax(layer, found.index, pending)))
-            handles.append(found.block.register_forward_hook(_committing_rows(layer, pending, captured, on_layer)))
-        self._finalizer = weakref.finalize(self, _remove, handles)
+        def note(layer, index, module, output):
+            if index is None:
+                return (output.detach(),)
+            logits = output[index] if isinstance(output, tuple) else output
+            return (logits.detach().softmax(dim=-1, dtype=torch.float32),)
 
-    def clear(self) -> None:
-        """Forget what was captured."""
-        self._captured.clear()
+        def keep(layer, signal):
+            captured[layer] = signal
+
+        self._watch(model, self._find(model), [captured], note, on_layer or keep)
 
     def get_routing_signals(self) -> dict[int, torch.Tensor]:
-        """Router activations of the last forward, {layer: [B, T, E]}, detached, on the model's device and in its dtype.
-
-        Of a softmax router: the softmax of its logits in float32, as the router computes it.
+        """Router activations of the last forward, {layer: [B, T, E]}, detached, on the model's device and in its dtype;
+        of a softmax router the softmax of its logits in float32, as the router computes it.
 
         During generation with a cache the last forward is the last token's. Raises ValueError before the first forward.
         """
@@ -118,9 +152,10 @@ class RoutingExtractor(_HookHolder):
 
         Raises ValueError for softmax routers, whose signal has no zeros.
         """
-        if not self._has_zeros:
+        if not self._is_blockffn:
             raise ValueError("sparsity needs a BlockFFN model: the signal of a softmax router has no exact zeros")
-        return np.stack([sparsity(signal) for signal in self.get_routing_signals().values()])
+        signals = self.get_routing_signals().values()
+        return np.stack([(signal == 0).sum(dim=-1).cpu().numpy() / signal.shape[-1] for signal in signals])
 
     def compute_sparsity_stats(self, attention_mask: torch.Tensor | np.ndarray | None = None) -> dict:
         """Sparsity of the last forward, over all tokens or those whose attention_mask [B, T] is not 0.
@@ -142,7 +177,7 @@ class RoutingExtractor(_HookHolder):
         }
 
 
-class TopKExtractor(_HookHolder):
+class TopKExtractor(_RouterHooks):
     """Captures which K experts every token uses at each layer, and how strongly, at each forward: [B, T, K] per layer.
 
         with TopKExtractor(model) as extractor:
@@ -156,7 +191,6 @@ class TopKExtractor(_HookHolder):
     Qwen2-MoE skip the renormalisation unless `norm_topk_prob` is set). BlockFFN: the K largest router activations
     above zero, over their sum.
 
-    Hooks are removed by `close()`, at the end of a `with`, and with the last reference to the extractor.
     Raises ValueError, naming the model type, for a model without router, and at the first forward for a router that is
     not a top-k softmax router.
     """
@@ -168,26 +202,39 @@ class TopKExtractor(_HookHolder):
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be at least 1")
-        routers, softmax_routers, self.layers_without_router = _find_routers(model)
-        self.layers = sorted(routers or softmax_routers)
-        self._chosen: dict[int, tuple[torch.Tensor, ...]] = {}  # experts, their logits or activations[, inputs]
-        self._is_blockffn, self._input_dtype = bool(routers), input_dtype
-        self._num_experts = {layer: mlp.router_proj.out_features for layer, mlp in routers.items()}
-        fewest = min(self._num_experts.values(), default=None)
-        if fewest is not None and (top_k or 0) > fewest:
-            raise ValueError(f"top_k is {top_k}, the model has {fewest} experts")
-        # As in RoutingExtractor: the hooks hold these, never the extractor.
-        chosen, pending, num_experts = self._chosen, {}, self._num_experts
-        handles = [model.register_forward_pre_hook(_clearing(chosen, pending))]
-        for layer, mlp in sorted(routers.items()):
-            k = top_k or min(DEFAULT_TOP_K, fewest)
-            handles.append(mlp.router_act_fn.register_forward_hook(_noting(layer, pending)))
-            handles.append(mlp.register_forward_hook(_choosing_strongest(layer, k, input_dtype, pending, chosen)))
-        for layer, found in sorted(softmax_routers.items()):
-            note = _noting_choice(layer, found.index, top_k, input_dtype, pending, num_experts)
-            handles.append(found.router.register_forward_hook(note))
-            handles.append(found.block.register_forward_hook(_committing_choice(layer, pending, chosen)))
-        self._finalizer = weakref.finalize(self, _remove, handles)
+        routers = self._find(model)
+        chosen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # experts, and their logits or activations
+        inputs: dict[int, torch.Tensor] = {}
+        num_experts: dict[int, int] = {}
+        self._chosen, self._inputs, self._num_experts, self._input_dtype = chosen, inputs, num_experts, input_dtype
+        if self._is_blockffn:
+            num_experts |= {layer: router.matrix.out_features for layer, router in routers.items()}
+            fewest = min(num_experts.values())
+            if (top_k or 0) > fewest:
+                raise ValueError(f"top_k is {top_k}, the model has {fewest} experts")
+            top_k = top_k or min(DEFAULT_TOP_K, fewest)
+
+        def note(layer, index, module, output):
+            if index is None:
+                strength, experts = output.detach().topk(top_k, dim=-1)
+                return experts, strength
+            if layer not in num_experts:
+                _check_router(module, output, index, top_k)
+                num_experts[layer] = output[index].shape[-1]
+            experts = next(part for part in output if not part.is_floating_point())  # [B*T, K]
+            return experts, output[index].detach().gather(-1, experts)
+
+        def keep(layer, experts, strength):
+            chosen[layer] = experts, strength
+
+        def keep_inputs(layer, module, arguments, output):
+            # on the host: L layers of them may not fit on the device
+            inputs[layer] = arguments[0].detach().to("cpu", input_dtype, copy=True)
+
+        self._watch(model, routers, [chosen, inputs], note, keep)
+        if input_dtype is not None:
+            for layer, router in routers.items():
+                self._handles.append(router.matrix.register_forward_hook(partial(keep_inputs, layer)))
 
     def get_top_k(self) -> TopK:
         """Experts and gate probabilities of the last forward, all layers on the device of the first.
@@ -220,20 +267,12 @@ class TopKExtractor(_HookHolder):
         if self._input_dtype is None:
             raise ValueError("router inputs were not kept: open the extractor with an input_dtype")
         self._check_captured()
-        return torch.stack([self._chosen[layer][2] for layer in self.layers])
+        batch, tokens = self._chosen[self.layers[0]][0].shape[:2]
+        return torch.stack([self._inputs[layer].view(batch, tokens, -1) for layer in self.layers])
 
     def _check_captured(self) -> None:
         if len(self._chosen) < len(self.layers):
             raise ValueError("no routing captured yet: run model(input_ids) while the extractor is open")
-
-
-@dataclass(frozen=True)
-class _SoftmaxRouter:
-    """A router module, the decoder layer that holds it, and the place of the logits in the router's output."""
-
-    block: nn.Module
-    router: nn.Module
-    index: int
 
 
 @dataclass(frozen=True)
@@ -254,32 +293,24 @@ class RouterShape:
 
 def router_shape(model: nn.Module) -> RouterShape:
     """Read off a model without a forward; on the meta device as well. ValueError where no layer has a router."""
-    routers, softmax_routers, without = _find_routers(model)
-    if routers:
-        sizes = max(mlp.router_proj.out_features for mlp in routers.values()), None
-        return RouterShape(sorted(routers), without, *sizes)
-    first = softmax_routers[min(softmax_routers)]
-    weight = next(first.router.parameters())
+    routers, without = _find_routers(model)
+    layers, first = list(routers), next(iter(routers.values()))
+    if first.index is None:
+        return RouterShape(layers, without, max(router.matrix.out_features for router in routers.values()), None)
+    weight = next(first.matrix.parameters())
+    width = model.config.get_text_config().hidden_size
+    # accelerate's hooks (device_map="auto") bring offloaded weights and the input together
+    device = "cpu" if hasattr(first.matrix, "_hf_hook") else weight.device
     with torch.no_grad():
-        width = model.config.get_text_config().hidden_size
-        # accelerate's hooks (device_map="auto") bring offloaded weights and the input together
-        device = "cpu" if hasattr(first.router, "_hf_hook") else weight.device
-        output = first.router(torch.zeros(1, width, dtype=weight.dtype, device=device))
-    _, experts = _logits_and_experts(first.router, output, first.index)
-    num_experts, top_k = output[first.index].shape[-1], experts.shape[-1]
-    expert, layer = _weight_counts(first.block, num_experts, top_k)
-    return RouterShape(sorted(softmax_routers), without, num_experts, top_k, expert, layer)
-
-
-def _weight_counts(block: nn.Module, num_experts: int, top_k: int) -> tuple[int | None, int | None]:
-    """(weights of one expert, weights that the layer reads for one token); None without a module `experts`."""
-    held = [module for name, module in block.named_modules() if name.rpartition(".")[2] == "experts"]
+        output = first.matrix(torch.zeros(1, width, dtype=weight.dtype, device=device))
+    logits, experts = _logits_and_experts(first.matrix, output, first.index)
+    num_experts, top_k = logits.shape[-1], experts.shape[-1]
+    held = [module for name, module in first.block.named_modules() if name.rpartition(".")[2] == "experts"]
     in_experts = sum(parameter.numel() for module in held for parameter in module.parameters())
     if not in_experts:
-        return None, None
-    whole = sum(parameter.numel() for parameter in block.parameters())
-    expert = in_experts // num_experts
-    return expert, whole - in_experts + top_k * expert
+        return RouterShape(layers, without, num_experts, top_k)
+    whole, expert = sum(parameter.numel() for parameter in first.block.parameters()), in_experts // num_experts
+    return RouterShape(layers, without, num_experts, top_k, expert, whole - in_experts + top_k * expert)
 
 
 def router_arrays(model: nn.Module) -> dict[str, np.ndarray]:
@@ -291,58 +322,61 @@ def router_arrays(model: nn.Module) -> dict[str, np.ndarray]:
     Raises ValueError for routers that are not one matrix (those with a bias, or quantised) and for a BlockFFN with an
     activation other than ReLU.
     """
-    routers, softmax_routers, _ = _find_routers(model)
-    if any(not isinstance(mlp.router_act_fn, nn.ReLU) for mlp in routers.values()):
+    routers = _find_routers(model)[0].values()
+    is_blockffn = any(router.index is None for router in routers)
+    if is_blockffn and not all(isinstance(router.output, nn.ReLU) for router in routers):
         raise ValueError("this BlockFFN's router activation is not ReLU: its routers cannot be saved")
-    found = {layer: mlp.router_proj for layer, mlp in routers.items()}
-    found |= {layer: softmax_router.router for layer, softmax_router in softmax_routers.items()}
     weights = []
-    for _, router in sorted(found.items()):
-        with align_module_device(router):  # brings in what device_map="auto" has moved to the host
-            parameters = [parameter.detach() for parameter in router.parameters()]
+    for module in (router.matrix for router in routers):
+        with align_module_device(module):  # brings in what device_map="auto" has moved to the host
+            parameters = [parameter.detach() for parameter in module.parameters()]
             if len(parameters) != 1 or parameters[0].ndim != 2 or not parameters[0].is_floating_point():
-                raise ValueError(f"{type(router).__name__} is not one matrix: its router inputs cannot be saved")
+                raise ValueError(f"{type(module).__name__} is not one matrix: its router inputs cannot be saved")
             weights.append(parameters[0].float().cpu().numpy().copy())
-    return {"weight": np.stack(weights), "activation": np.array("relu" if routers else "softmax")}
+    return {"weight": np.stack(weights), "activation": np.array("relu" if is_blockffn else "softmax")}
 
 
-def _find_routers(model: nn.Module) -> tuple[dict[int, nn.Module], dict[int, _SoftmaxRouter], list[int]]:
-    """(BlockFFN's MLPs by layer, softmax routers by layer, layers without); one of the two kinds is empty."""
+def _find_routers(model: nn.Module) -> tuple[dict[int, _Router], list[int]]:
+    """The routers by layer, ascending, all of one kind (BlockFFN's or softmax routers), and the layers without."""
     mlps = {int(match[1]): module for name, module in model.named_modules() if (match := _LAYER.search(name))}
-    routers = {layer: mlp for layer, mlp in mlps.items() if hasattr(mlp, "router_act_fn")}
-    if routers:
-        return routers, {}, sorted(set(mlps) - set(routers))
-    softmax_routers, num_layers = _declared_routers(model)
-    if not softmax_routers:
+    routers = {
+        layer: _Router(mlp, mlp.router_proj, mlp.router_act_fn)
+        for layer, mlp in sorted(mlps.items())
+        if hasattr(mlp, "router_act_fn")
+    }
+    layers = set(mlps)
+    if not routers:
+        routers, num_layers = _declared_routers(model)
+        layers = set(range(num_layers))
+    if not routers:
         raise ValueError(
-            f"{_model_type(model)} has no router (neither layers.N.mlp.router_act_fn nor router logits): routing "
+            f"{model_type_of(model)} has no router (neither layers.N.mlp.router_act_fn nor router logits): routing "
             "signals need a BlockFFN model or a mixture of experts"
         )
-    return {}, softmax_routers, sorted(set(range(num_layers)) - set(softmax_routers))
+    return routers, sorted(layers - set(routers))
 
 
-def _declared_routers(model: nn.Module) -> tuple[dict[int, _SoftmaxRouter], int]:
+def _declared_routers(model: nn.Module) -> tuple[dict[int, _Router], int]:
     """Routers that a transformers model declares in `_can_record_outputs`, by layer, and its number of layers.
 
     A layer's index is its place among the modules of the class declared for `hidden_states`.
     """
     for part in model.modules():
         declared = (getattr(part, "_can_record_outputs", None) or {}) if isinstance(part, PreTrainedModel) else {}
-        recorders = _as_list(declared.get("router_logits"))
-        block_classes = tuple(_target(recorder) for recorder in _as_list(declared.get("hidden_states")))
-        if not recorders or not block_classes:
-            continue
-        blocks = [module for module in part.modules() if isinstance(module, block_classes)]
+        recorders = _recorders(declared.get("router_logits"))
+        block_classes = tuple(recorder.target_class for recorder in _recorders(declared.get("hidden_states")))
+        blocks = [module for module in part.modules() if isinstance(module, block_classes)] if recorders else []
         routers = {}
         for layer, block in enumerate(blocks):
             found = [
-                _SoftmaxRouter(block, module, getattr(recorder, "index", 1))
+                _Router(block, module, module, recorder.index)
                 for recorder in recorders
                 for name, module in block.named_modules()
-                if isinstance(module, _target(recorder)) and _is_named(name, getattr(recorder, "layer_name", None))
+                if isinstance(module, recorder.target_class)
+                and (recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}.")
             ]
             if len(found) > 1:
-                raise ValueError(f"{_model_type(model)} has {len(found)} routers in layer {layer}; one is supported")
+                raise ValueError(f"{model_type_of(model)} has {len(found)} routers in layer {layer}; one is supported")
             if found:
                 routers[layer] = found[0]
         if routers:
@@ -350,89 +384,14 @@ def _declared_routers(model: nn.Module) -> tuple[dict[int, _SoftmaxRouter], int]
     return {}, 0
 
 
-def _as_list(declared) -> list:
-    """What a model declares for one output (nothing, a recorder, a class, a list of them) without names of classes."""
-    declared = declared if isinstance(declared, list) else [declared]
-    return [entry for entry in declared if isinstance(_target(entry), type)]
+def _recorders(declared) -> list[OutputRecorder]:
+    """What a model declares for one output (nothing, a recorder, a class, a list of them) without names of classes.
 
-
-def _target(recorder) -> type | None:
-    return recorder.target_class if isinstance(recorder, OutputRecorder) else recorder
-
-
-def _is_named(name: str, layer_name: str | None) -> bool:
-    return layer_name is None or f".{layer_name.strip('.')}." in f".{name}."
-
-
-def _model_type(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-
-
-def sparsity(router_activations: torch.Tensor) -> np.ndarray:
-    """Fraction of exact zeros over the experts: [.., E] -> [..] float64 on the CPU."""
-    experts = router_activations.shape[-1]
-    return (router_activations == 0).sum(dim=-1).cpu().numpy() / experts
-
-
-def _clearing(captured: dict, pending: dict):
-    def hook(module, arguments):
-        captured.clear()
-        pending.clear()
-
-    return hook
-
-
-def _noting(layer: int, pending: dict):
-    def hook(module, arguments, output):
-        pending[layer] = output.detach()
-
-    return hook
-
-
-def _committing(layer: int, pending: dict, captured: dict, on_layer: Callable | None):
-    # Committed when the whole MLP has run: a look-ahead gate may call the router itself, earlier and on other input.
-    def hook(module, arguments, output):
-        signal = pending.pop(layer)
-        if on_layer is None:
-            captured[layer] = signal
-        else:
-            on_layer(layer, signal)
-
-    return hook
-
-
-def _noting_softmax(layer: int, index: int, pending: dict):
-    def hook(module, arguments, output):
-        logits = output[index] if isinstance(output, tuple) else output
-        pending[layer] = logits.detach().softmax(dim=-1, dtype=torch.float32)  # [B*T, E]
-
-    return hook
-
-
-def _committing_rows(layer: int, pending: dict, captured: dict, on_layer: Callable | None):
-    """As `_committing`; routers see [B*T, D], so the decoder layer's output says what B and T are."""
-
-    def hook(module, arguments, output):
-        signal = _as_batch(pending.pop(layer), output)
-        if on_layer is None:
-            captured[layer] = signal
-        else:
-            on_layer(layer, signal)
-
-    return hook
-
-
-def _noting_choice(
-    layer: int, index: int, top_k: int | None, input_dtype: torch.dtype | None, pending: dict, num_experts: dict
-):
-    def hook(module, arguments, output):
-        if layer not in num_experts:
-            _check_router(module, output, index, top_k)
-            num_experts[layer] = output[index].shape[-1]
-        experts = next(part for part in output if not part.is_floating_point())  # [B*T, K]
-        pending[layer] = experts, output[index].detach().gather(-1, experts), *_kept(arguments[0], input_dtype)
-
-    return hook
+    Of the output of a bare class transformers records the second part.
+    """
+    entries = declared if isinstance(declared, list) else [declared]
+    recorders = [entry if isinstance(entry, OutputRecorder) else OutputRecorder(entry, index=1) for entry in entries]
+    return [recorder for recorder in recorders if isinstance(recorder.target_class, type)]
 
 
 def _logits_and_experts(router: nn.Module, output, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -468,32 +427,6 @@ def _check_router(router: nn.Module, output, index: int, top_k: int | None) -> N
         raise ValueError(f"{name} does not weight its experts by softmax: only top-k softmax routers are supported")
     if top_k is not None and top_k != experts.shape[-1]:
         raise ValueError(f"top_k is {top_k}, but this model's routers choose {experts.shape[-1]} experts")
-
-
-def _committing_choice(layer: int, pending: dict, chosen: dict):
-    def hook(module, arguments, output):
-        chosen[layer] = tuple(_as_batch(part, output) for part in pending.pop(layer))
-
-    return hook
-
-
-def _choosing_strongest(layer: int, top_k: int, input_dtype: torch.dtype | None, pending: dict, chosen: dict):
-    def hook(module, arguments, output):
-        strength, experts = pending.pop(layer).topk(top_k, dim=-1)
-        chosen[layer] = experts, strength, *_kept(arguments[0], input_dtype)
-
-    return hook
-
-
-def _kept(inputs: torch.Tensor, dtype: torch.dtype | None) -> tuple[torch.Tensor, ...]:
-    """(a copy on the host,), where a dtype says that inputs are kept: L layers of them may not fit on the device."""
-    return () if dtype is None else (inputs.detach().to("cpu", dtype, copy=True),)
-
-
-def _as_batch(rows: torch.Tensor, hidden) -> torch.Tensor:
-    """[B*T, X] -> [B, T, X], B and T being those of a decoder layer's output."""
-    hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-    return rows.view(*hidden.shape[:2], rows.shape[-1])
 
 
 def _remove(handles: list) -> None:
