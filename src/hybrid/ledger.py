@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import nn
+from transformers import Mamba2Config
 
 from src import eval_utils
 from src.base.text_data import TokenDocument
@@ -43,19 +44,19 @@ def active_experts(
     return (active / seen).tolist()
 
 
-def sidecar_shape(model: nn.Module, settings: SidecarSettings, layer: int) -> costs.MambaShape:
+def sidecar_shape(model: nn.Module, settings: SidecarSettings, layer: int) -> Mamba2Config:
     """The shape of a sidecar of these settings beside a layer's attention; the model has none attached."""
     if settings.init == "attention":
         attention = decoder_layers(model)[layer].self_attn
         settings = attention_settings(attention, model.config.hidden_size, layer, settings)
-    return costs.mamba_shape(sidecar_config(model.config.hidden_size, 0, settings))
+    return sidecar_config(model.config.hidden_size, 0, settings)
 
 
 def flops_columns(
     model: nn.Module,
     lengths: Sequence[int],
     active: Sequence[float],
-    sidecar: costs.MambaShape | None = None,
+    sidecar: Mamba2Config | None = None,
     shares: Mapping[int, float] | None = None,
     hard: bool = False,
 ) -> dict[str, float]:
@@ -70,11 +71,11 @@ def flops_columns(
         hard: as in `costs.flops_ideal`.
     """
     shape = costs.model_shape(model.config)
-    mamba = sidecar if shares is not None else None
+    shares = shares or {}
     values, counts = np.unique(np.asarray(lengths), return_counts=True)
     weights = values * counts / (values * counts).sum()
-    ideal = [costs.flops_ideal(shape, int(n), active, mamba, shares, hard) for n in values]
-    executed = [costs.flops_executed(shape, int(n), mamba, shares) for n in values]
+    ideal = [costs.flops_ideal(shape, int(n), active, sidecar, shares, hard) for n in values]
+    executed = [costs.flops_executed(shape, int(n), sidecar, shares) for n in values]
     return {"flops_ideal": float(weights @ ideal), "flops_executed": float(weights @ executed)}
 
 

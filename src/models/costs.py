@@ -1,4 +1,4 @@
-"""FLOPs, cache bytes and state bytes per token in closed form, from plain integers.
+"""FLOPs per token in closed form, from plain integers.
 
 Conventions: one multiply-add is 2 FLOPs; only matrix products and convolutions count, elementwise operations
 (activations, norms, softmax, RoPE, decays, the mixing of two paths) and the gate do not, as in
@@ -8,6 +8,14 @@ Shape letters: D width, H heads, K key/value heads, V vocabulary, E experts, T t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from transformers import Mamba2Config
+
+# Settings of a mixture that has shared experts, or dense layers among the sparse ones.
+UNEVEN = (
+    "shared_expert_intermediate_size", "num_shared_experts", "n_shared_experts", "mlp_only_layers",
+    "first_k_dense_replace",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,19 +51,6 @@ class MLPShape:
 
 
 @dataclass(frozen=True)
-class MambaShape:
-    """A Mamba-2 mixer (arXiv 2405.21060): inner width num_heads * head_dim, state num_heads * head_dim * state_size."""
-
-    hidden_size: int
-    num_heads: int
-    head_dim: int
-    state_size: int
-    num_groups: int
-    conv_kernel: int
-    chunk_size: int
-
-
-@dataclass(frozen=True)
 class ModelShape:
     """What a decoder's cost depends on: layers alike, and one head over the vocabulary."""
 
@@ -72,21 +67,12 @@ def model_shape(config) -> ModelShape:
     alike.
     """
     width, heads = config.hidden_size, config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    is_mla = getattr(config, "attention_type", "mla") == "mla" and getattr(config, "kv_lora_rank", None)
-    if is_mla:
-        attention = AttentionShape(
-            hidden_size=width,
-            num_heads=heads,
-            num_kv_heads=heads,
-            head_dim=config.qk_nope_head_dim + config.qk_rope_head_dim,
-            v_head_dim=config.v_head_dim,
-            q_lora_rank=config.q_lora_rank or 0,
-            kv_lora_rank=config.kv_lora_rank,
-            qk_rope_head_dim=config.qk_rope_head_dim,
-        )
+    if getattr(config, "attention_type", "mla") == "mla" and getattr(config, "kv_lora_rank", None):
+        rope, ranks = config.qk_rope_head_dim, (config.q_lora_rank or 0, config.kv_lora_rank)
+        attention = AttentionShape(width, heads, heads, config.qk_nope_head_dim + rope, config.v_head_dim, *ranks, rope)
     else:
         head_dim = getattr(config, "head_dim", None) or width // heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
         attention = AttentionShape(width, heads, kv_heads, head_dim, head_dim)
     return ModelShape(config.num_hidden_layers, config.vocab_size, attention, _mlp_shape(config))
 
@@ -98,37 +84,13 @@ def _mlp_shape(config) -> MLPShape:
     experts = next((getattr(config, n) for n in ("num_experts", "num_local_experts") if getattr(config, n, None)), 0)
     if not experts:
         return MLPShape(width, config.intermediate_size, matrices=3)
-    uneven = [
-        name
-        for name, plain in (
-            ("shared_expert_intermediate_size", (None, 0)),
-            ("num_shared_experts", (None, 0)),
-            ("n_shared_experts", (None, 0)),
-            ("mlp_only_layers", (None, [])),
-            ("decoder_sparse_step", (None, 1)),
-            ("first_k_dense_replace", (None, 0)),
-        )
-        if getattr(config, name, None) not in plain
-    ]
+    uneven = [name for name in UNEVEN if getattr(config, name, None)]
+    if getattr(config, "decoder_sparse_step", None) not in (None, 1):
+        uneven.append("decoder_sparse_step")
     if uneven:
-        raise ValueError(
-            f"no closed form for a mixture with {', '.join(uneven)} set (model type {config.model_type!r})"
-        )
+        raise ValueError(f"no closed form for a mixture with {', '.join(uneven)} set (model type {config.model_type})")
     expert_width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     return MLPShape(width, config.num_experts_per_tok * expert_width, matrices=3, router_outputs=experts)
-
-
-def mamba_shape(config) -> MambaShape:
-    """Read a transformers `Mamba2Config`."""
-    return MambaShape(
-        hidden_size=config.hidden_size,
-        num_heads=config.num_heads,
-        head_dim=config.head_dim,
-        state_size=config.state_size,
-        num_groups=config.n_groups,
-        conv_kernel=config.conv_kernel,
-        chunk_size=config.chunk_size,
-    )
 
 
 # ---- one layer, one token
@@ -172,35 +134,35 @@ def head_flops(hidden_size: int, vocab_size: int) -> int:
     return 2 * hidden_size * vocab_size
 
 
-def mamba_write_flops(shape: MambaShape) -> int:
+def mamba_write_flops(sidecar: Mamba2Config) -> int:
     """What one token must pay for later tokens to find it in the state: x, B and dt, their convolution, the update.
 
     The update is the recurrence's outer product B x^T (arXiv 2405.21060, equation 1); its decay is elementwise.
     """
-    inner, group = shape.num_heads * shape.head_dim, shape.num_groups * shape.state_size
-    projection = 2 * shape.hidden_size * (inner + group + shape.num_heads)
-    return projection + 2 * shape.conv_kernel * (inner + group) + 2 * inner * shape.state_size
+    inner, group = sidecar.num_heads * sidecar.head_dim, sidecar.n_groups * sidecar.state_size
+    projection = 2 * sidecar.hidden_size * (inner + group + sidecar.num_heads)
+    return projection + 2 * sidecar.conv_kernel * (inner + group) + 2 * inner * sidecar.state_size
 
 
-def mamba_read_flops(shape: MambaShape) -> int:
+def mamba_read_flops(sidecar: Mamba2Config) -> int:
     """What one token pays for its own Mamba output: gate z and C, C's convolution, C times state, output projection."""
-    inner, group = shape.num_heads * shape.head_dim, shape.num_groups * shape.state_size
-    projections = 2 * shape.hidden_size * (inner + group) + 2 * inner * shape.hidden_size
-    return projections + 2 * shape.conv_kernel * group + 2 * inner * shape.state_size
+    inner, group = sidecar.num_heads * sidecar.head_dim, sidecar.n_groups * sidecar.state_size
+    projections = 2 * sidecar.hidden_size * (inner + group) + 2 * inner * sidecar.hidden_size
+    return projections + 2 * sidecar.conv_kernel * group + 2 * inner * sidecar.state_size
 
 
-def mamba_chunked_flops(shape: MambaShape, tokens: int) -> float:
+def mamba_chunked_flops(sidecar: Mamba2Config, tokens: int) -> float:
     """Per token, averaged over `tokens`: the chunked scan (arXiv 2405.21060, section 6) of transformers' PyTorch code.
 
     The last chunk is padded to `chunk_size`, heads do not share their group's C B^T, the convolution also runs over
     its padding, and chunk states are passed on by one product over all pairs of chunks.
     """
-    inner, group = shape.num_heads * shape.head_dim, shape.num_groups * shape.state_size
-    size, state = shape.chunk_size, inner * shape.state_size
+    inner, group = sidecar.num_heads * sidecar.head_dim, sidecar.n_groups * sidecar.state_size
+    size, state = sidecar.chunk_size, inner * sidecar.state_size
     chunks = -(-tokens // size)
-    projections = tokens * 2 * shape.hidden_size * (3 * inner + 2 * group + shape.num_heads)
-    convolution = 2 * shape.conv_kernel * (tokens + shape.conv_kernel - 1) * (inner + 2 * group)
-    within = 2 * size * size * (shape.num_heads * shape.state_size + inner)  # C B^T, then its product with x
+    projections = tokens * 2 * sidecar.hidden_size * (3 * inner + 2 * group + sidecar.num_heads)
+    convolution = 2 * sidecar.conv_kernel * (tokens + sidecar.conv_kernel - 1) * (inner + 2 * group)
+    within = 2 * size * size * (sidecar.num_heads * sidecar.state_size + inner)  # C B^T, then its product with x
     states = 2 * 2 * size * state  # x into the chunk's state, and the previous state out
     passing = 2 * (chunks + 1) ** 2 * state
     return (projections + convolution + chunks * (within + states) + passing) / tokens
@@ -210,53 +172,42 @@ def mamba_chunked_flops(shape: MambaShape, tokens: int) -> float:
 def flops_ideal(
     model: ModelShape,
     tokens: int,
-    active_experts: float | Sequence[float] = 1.0,
-    mamba: MambaShape | None = None,
-    shares: Mapping[int, float] | None = None,
-    hard: bool = True,
+    active_experts: Sequence[float],
+    mamba: Mamba2Config | None,
+    shares: Mapping[int, float],
+    hard: bool,
 ) -> float:
     """FLOPs per token, averaged over a document of `tokens` tokens, if every token paid only for what it uses.
 
-    `active_experts`: fraction of active experts (1 - sparsity), one for all layers or one per layer. `shares`: mamba
-    share per hybrid layer (layers not named are attention only). `hard`: shares are fractions of tokens sent to Mamba
-    (hard gate); else they are mixing weights, and a token with a weight inside (0, 1) pays both paths.
+    `active_experts`: fraction of active experts (1 - sparsity) per layer. `shares`: mamba share in [0, 1] per hybrid
+    layer (layers not named are attention only; `mamba` may be None where there are none). `hard`: shares are fractions
+    of tokens sent to Mamba (hard gate); else they are mixing weights, and a token with a weight inside (0, 1) pays both
+    paths.
 
     Attention is causal: token i attends to i + 1 tokens, and attending tokens are spread evenly over the document.
     Mamba is recurrent. What later tokens need is paid by every token, whichever way it goes: keys and values unless the
     share is 1, the Mamba state's update unless it is 0. Sent one way or the other, a token saves the reading only.
-    Raises ValueError for shares without `mamba`, shares outside [0, 1], layers that are not there, no tokens.
     """
-    shares = _checked_shares(model, tokens, mamba, shares)
-    active = [active_experts] * model.num_layers if isinstance(active_experts, (int, float)) else list(active_experts)
-    if len(active) != model.num_layers:
-        raise ValueError(f"{len(active)} active fractions for {model.num_layers} layers")
     key_value = attention_key_value_flops(model.attention)
     attention_read = attention_query_flops(model.attention) + attention_score_flops(model.attention, (tokens + 1) / 2)
     total = float(head_flops(model.attention.hidden_size, model.vocab_size))
-    for layer in range(model.num_layers):
+    for layer, active in enumerate(active_experts):
         share = shares.get(layer, 0.0)
         reads_attention = 1 - share if hard else float(share < 1)
         total += (share < 1) * key_value + reads_attention * attention_read
         if share > 0:
             reads_mamba = share if hard else 1.0
             total += mamba_write_flops(mamba) + reads_mamba * mamba_read_flops(mamba)
-        total += mlp_flops(model.mlp, active[layer])
+        total += mlp_flops(model.mlp, active)
     return total
 
 
-def flops_executed(
-    model: ModelShape,
-    tokens: int,
-    mamba: MambaShape | None = None,
-    shares: Mapping[int, float] | None = None,
-) -> float:
+def flops_executed(model: ModelShape, tokens: int, mamba: Mamba2Config | None, shares: Mapping[int, float]) -> float:
     """FLOPs per token, averaged over a document of `tokens` tokens in one forward, that the code of this repo runs.
 
     All experts, attention over the full T x T square, Mamba by the chunked scan. A hybrid layer runs both paths for
     every token, except where its share is exactly 0 (attention only) or 1 (Mamba only), as a constant gate's is.
-    Raises ValueError as `flops_ideal` does.
     """
-    shares = _checked_shares(model, tokens, mamba, shares)
     total = float(head_flops(model.attention.hidden_size, model.vocab_size))
     for layer in range(model.num_layers):
         share = shares.get(layer, 0.0)
@@ -266,19 +217,3 @@ def flops_executed(
             total += mamba_chunked_flops(mamba, tokens)
         total += mlp_flops(model.mlp)
     return total
-
-
-def _checked_shares(
-    model: ModelShape, tokens: int, mamba: MambaShape | None, shares: Mapping[int, float] | None
-) -> Mapping[int, float]:
-    if tokens < 1:
-        raise ValueError(f"a document of {tokens} tokens has no cost per token")
-    shares = shares or {}
-    for layer, share in shares.items():
-        if not 0 <= layer < model.num_layers:
-            raise ValueError(f"layer {layer} is not there; the model has layers 0 to {model.num_layers - 1}")
-        if not 0 <= share <= 1:
-            raise ValueError(f"layer {layer} has mamba share {share}; it must lie in [0, 1]")
-        if share > 0 and mamba is None:
-            raise ValueError(f"layer {layer} has mamba share {share}, but no Mamba shape is given")
-    return shares
