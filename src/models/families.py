@@ -9,10 +9,7 @@ LAYER_SETS = ("all", "middle", "first_half", "last_half")
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers, `model.model.layers`, each with a `self_attn`.
-
-    Raises UserError, naming the model type, where there are none.
-    """
+    """The decoder layers, `model.model.layers`, each with a `self_attn`; UserError where there are none."""
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList) or not all(hasattr(layer, "self_attn") for layer in layers):
         raise UserError(f"{model_type_of(model)} has no model.layers[i].self_attn, which sidecars and scripts need")
@@ -20,11 +17,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def has_router(model: nn.Module) -> bool:
-    """Whether every decoder layer holds a BlockFFN router (`mlp.router_proj`, `mlp.router_act_fn`)."""
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    return isinstance(layers, nn.ModuleList) and all(
-        hasattr(getattr(layer, "mlp", None), "router_proj") and hasattr(layer.mlp, "router_act_fn") for layer in layers
-    )
+    """Whether every decoder layer holds a BlockFFN router (`mlp.router_act_fn`)."""
+    return all(hasattr(getattr(layer, "mlp", None), "router_act_fn") for layer in decoder_layers(model))
 
 
 def is_gated_mlp(module: nn.Module | None) -> bool:
@@ -34,8 +28,7 @@ def is_gated_mlp(module: nn.Module | None) -> bool:
 
 def has_gated_mlp(model: nn.Module) -> bool:
     """Whether every decoder layer's `mlp` is a dense gated MLP, whose activation sparsity can drive a gate."""
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    return isinstance(layers, nn.ModuleList) and all(is_gated_mlp(getattr(layer, "mlp", None)) for layer in layers)
+    return all(is_gated_mlp(getattr(layer, "mlp", None)) for layer in decoder_layers(model))
 
 
 def resolve_layers(spec: str | int | list[int], num_layers: int) -> list[int]:
@@ -44,16 +37,16 @@ def resolve_layers(spec: str | int | list[int], num_layers: int) -> list[int]:
     "middle" is layers L//3 .. 2L//3-1 (at least one). Raises UserError for another word or a layer that is not there.
     """
     if isinstance(spec, str) and spec.strip() in LAYER_SETS:
-        start, stop = {
-            "all": (0, num_layers),
-            "middle": (num_layers // 3, max(2 * num_layers // 3, num_layers // 3 + 1)),
-            "first_half": (0, max(num_layers // 2, 1)),
-            "last_half": (num_layers // 2, num_layers),
-        }[spec.strip()]
-        return list(range(start, stop))
-    parts = spec.replace("[", "").replace("]", "").split(",") if isinstance(spec, str) else spec
+        third, half = num_layers // 3, num_layers // 2
+        sets = {
+            "all": range(num_layers), "middle": range(third, max(2 * num_layers // 3, third + 1)),
+            "first_half": range(max(half, 1)), "last_half": range(half, num_layers),
+        }  # fmt: skip
+        return list(sets[spec.strip()])
+    if isinstance(spec, int):
+        spec = [spec]
     try:
-        layers = sorted({int(part) for part in (parts if isinstance(parts, (list, tuple)) else [parts])})
+        layers = sorted({int(part) for part in (spec.strip("[]").split(",") if isinstance(spec, str) else spec)})
     except (TypeError, ValueError) as error:
         raise UserError(
             f"layers {spec!r} not understood; use {', '.join(LAYER_SETS)} or indices such as 4,5,6"
@@ -72,23 +65,13 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     Tied weights count once, as embeddings. The parts add up to the total; parts that the model lacks are 0.
     """
     counts = dict.fromkeys(("embeddings", "attention", "router", "experts", "mlp", "norms", "head", "other"), 0)
-    routed = has_router(model)
+    parts = {
+        ".router_": "router", "norm": "norms", ".self_attn.": "attention",
+        ".mlp.": "experts" if has_router(model) else "mlp", "embed_tokens": "embeddings", "lm_head": "head",
+    }  # fmt: skip
     for name, parameter in model.named_parameters():
-        if ".router_" in name:
-            part = "router"
-        elif "norm" in name:
-            part = "norms"
-        elif ".self_attn." in name:
-            part = "attention"
-        elif ".mlp." in name:
-            part = "experts" if routed else "mlp"
-        elif "embed_tokens" in name:
-            part = "embeddings"
-        elif name.startswith("lm_head"):
-            part = "head"
-        else:
-            part = "other"
-        counts[part] += parameter.numel()
+        # the first that fits: router_norm is a part of the router, self_attn's inner norms are norms
+        counts[next((part for mark, part in parts.items() if mark in name), "other")] += parameter.numel()
     return {"total": sum(counts.values()), **counts}
 
 
@@ -99,8 +82,7 @@ def active_parameters(model: nn.Module, layer_sparsity: dict[int, float]) -> int
     """
     idle = 0.0
     for index, layer in enumerate(decoder_layers(model)):
-        experts = sum(weight.numel() for weight in (layer.mlp.up_proj.weight, layer.mlp.down_proj.weight))
-        idle += layer_sparsity[index] * experts
+        idle += layer_sparsity[index] * (layer.mlp.up_proj.weight.numel() + layer.mlp.down_proj.weight.numel())
     return parameter_counts(model)["total"] - round(idle)
 
 
@@ -113,8 +95,7 @@ def memory_estimate(model: nn.Module, batch_tokens: int) -> str:
     """One line on what scoring `batch_tokens` tokens at a time takes, GB: weights, and activations with logits."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     config = model.config.get_text_config()
-    linears = [module for module in decoder_layers(model)[0].modules() if isinstance(module, nn.Linear)]
-    widest = max(linear.out_features for linear in linears)
+    widest = max(part.out_features for part in decoder_layers(model)[0].modules() if isinstance(part, nn.Linear))
     # the activations of one layer live at a time; float32 log-probabilities are made in small pieces
     numbers = batch_tokens * (8 * config.hidden_size + 3 * widest + config.vocab_size)
     return f"memory estimate: weights {weights / 1e9:.2f} GB, a batch {numbers * model.dtype.itemsize / 1e9:.2f} GB"
@@ -126,14 +107,10 @@ def parameter_statistics(model: nn.Module) -> dict[str, dict]:
     for name, parameter in model.named_parameters():
         values = parameter.detach().double() if parameter.numel() < 1e6 else parameter.detach().float()
         statistics[name] = {
-            "shape": list(parameter.shape),
-            "dtype": dtype_name(parameter.dtype),
-            "mean": values.mean().item(),
-            "std": values.std(correction=0).item(),
-            "min": values.min().item(),
-            "max": values.max().item(),
-            "zeros": (values == 0).double().mean().item(),
-        }
+            "shape": list(parameter.shape), "dtype": dtype_name(parameter.dtype),
+            "mean": values.mean().item(), "std": values.std(correction=0).item(),
+            "min": values.min().item(), "max": values.max().item(), "zeros": (values == 0).double().mean().item(),
+        }  # fmt: skip
     return statistics
 
 
