@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import pickle
-import struct
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -18,7 +18,7 @@ import huggingface_hub
 import torch
 from accelerate.utils import get_max_memory
 from huggingface_hub import errors as hub_errors
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -30,13 +30,9 @@ from src.models.families import decoder_layers, dtype_name, has_router, model_ty
 ASSETS_DIR = Path(__file__).resolve().parents[2] / "assets"
 SHIPPED_MODELS = ("blockffn-tiny", "mixtral-tiny")
 DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-}
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+    "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
+}  # fmt: skip
 # LLM.int8 on the router would change which experts fire; on the head it would cost logits for little memory.
 SKIP_8BIT = ["router_proj", "lm_head"]
 # Bytes of weights below which loading takes no time worth a progress bar.
@@ -82,10 +78,10 @@ def load_model(
             reason = f"the weights take more than {max_memory_gb} GB in {dtype_name(model.dtype)}"
     except torch.OutOfMemoryError as error:
         if use_8bit or not use_8bit_fallback:
+            bits, other = (" and 8 bit", "") if use_8bit else ("", ", or USE_8BIT_FALLBACK")
             raise UserError(
-                f"{name_or_path} does not fit into the memory of {target} in {dtype_name(target_dtype)}"
-                f"{' and 8 bit' if use_8bit else ''}; set MAX_MEMORY_GB to keep a part of it in host memory"
-                f"{'' if use_8bit else ', or USE_8BIT_FALLBACK'}"
+                f"{name_or_path} does not fit into the memory of {target} in {dtype_name(target_dtype)}{bits}; "
+                f"set MAX_MEMORY_GB to keep a part of it in host memory{other}"
             ) from error
         reason = f"out of GPU memory in {dtype_name(target_dtype)}"
     if reason and use_8bit_fallback and not use_8bit:
@@ -93,8 +89,7 @@ def load_model(
         print(f"{name_or_path}: {reason}; loading in 8 bit", file=sys.stderr)
         model = None
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         return load_model(name_or_path, device, dtype, True, cache_dir, max_memory_gb)
     if reason:
         print(f"{name_or_path}: {reason}; the rest stays in host memory, which is slow", file=sys.stderr)
@@ -106,11 +101,11 @@ def load_tokenizer(path: str | Path):
 
     Raises UserError where the folder holds no tokenizer.
     """
-    path = Path(path)
-    folder, gguf = _split_gguf(path)
+    folder, gguf = _split_gguf(Path(path))
     extra = {} if gguf is None else {"gguf_file": gguf}
+    blockffn = is_blockffn(path)
     try:
-        if is_blockffn(path) and (folder / "tokenizer.json").is_file():
+        if blockffn and (folder / "tokenizer.json").is_file():
             # As the file says: the class that the hub's tokenizer_config names (LlamaTokenizer) would rebuild the
             # normaliser since transformers 5, and read leading spaces otherwise than in training.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -119,7 +114,7 @@ def load_tokenizer(path: str | Path):
             if wants_bos and tokenizer("")["input_ids"] != [tokenizer.bos_token_id]:
                 tokenizer.add_bos_token = True  # LlamaTokenizer adds it though tokenizer.json does not
         else:
-            config = BlockFFNConfig.from_pretrained(folder) if is_blockffn(path) else None
+            config = BlockFFNConfig.from_pretrained(folder) if blockffn else None
             tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, **extra)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         raise UserError(f"no tokenizer could be read from {folder}: {_first_line(error)}") from error
@@ -131,18 +126,15 @@ def load_tokenizer(path: str | Path):
 def resolve_device(device: str = "auto") -> torch.device:
     """ "auto" is CUDA where there is one, else the CPU. Raises UserError for a device that is not there."""
     if device == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"device {device!r} is unknown; use auto, cpu or cuda") from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise UserError(f"device {device!r} is not supported; use auto, cpu or cuda")
-    if resolved.type == "cuda":
-        if (resolved.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"device {device!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
-        return torch.device("cuda", torch.cuda.current_device() if resolved.index is None else resolved.index)
-    return resolved
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", device):
+        raise UserError(f"device {device!r} is unknown; use auto, cpu or cuda")
+    resolved = torch.device(device)
+    if resolved.type == "cpu":
+        return resolved
+    if (resolved.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {device!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", torch.cuda.current_device() if resolved.index is None else resolved.index)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -266,51 +258,36 @@ def check_weight_files(path: str | Path) -> None:
 
     Raises CheckpointError naming the file.
     """
-    path = Path(path)
-    files = weight_files(path)
-    for index in sorted(path.glob("*.index.json")) if path.is_dir() else []:
-        if index.name.removesuffix(".index.json").endswith(files[0].suffix):
-            try:
-                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, AttributeError) as error:
-                raise CheckpointError(f"{index} is damaged; download the model again") from error
-            absent = sorted(shards - {file.name for file in files})
-            if absent:
-                raise CheckpointError(f"{path} is incomplete, not there: {', '.join(absent)}; download the model again")
+    path, files = Path(path), weight_files(path)
+    for index in sorted(path.glob(f"*{files[0].suffix}.index.json")):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is damaged; download the model again") from error
+        absent = sorted(shards - {file.name for file in files})
+        if absent:
+            raise CheckpointError(f"{path} is incomplete, not there: {', '.join(absent)}; download the model again")
     for file in files:
         problem = _damage(file)
         if problem:
-            raise CheckpointError(f"{file} {problem}; download the model again")
+            raise CheckpointError(f"{file} is {problem} ({file.stat().st_size} bytes); download the model again")
 
 
 def _damage(file: Path) -> str | None:
-    """What is wrong with a weight file as a container, in words, or None."""
-    size = file.stat().st_size
+    """What a weight file is instead of a whole container of its kind, or None."""
     with file.open("rb") as handle:
         head = handle.read(32)
-        if head.startswith(_GIT_LFS_MAGIC):
-            return "is a Git LFS pointer, not the weights"
-        if file.suffix == ".safetensors":
-            if size < 8:
-                return f"is cut short ({size} bytes)"
-            (header_size,) = struct.unpack("<Q", head[:8])
-            if 8 + header_size > size:
-                return f"is cut short or not safetensors ({size} bytes)"
-            handle.seek(8)
-            try:
-                header = json.loads(handle.read(header_size))
-            except ValueError:
-                return "is not safetensors (its header is not JSON)"
-            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-            if size != 8 + header_size + end:
-                return f"is cut short: {size} bytes of {8 + header_size + end}"
-        if file.suffix == ".bin" and not zipfile.is_zipfile(file) and head[:1] != b"\x80":  # 0x80: torch's old format
-            if size == 0 or head.startswith(b"PK"):
-                return f"is cut short ({size} bytes; the end of the archive is missing)"
-            return f"is not a PyTorch file ({size} bytes)"
-        if file.suffix == ".gguf" and head[:4] != b"GGUF":
-            return "is not a GGUF file"
-    return None
+    if head.startswith(_GIT_LFS_MAGIC):
+        return "a Git LFS pointer, not the weights"
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt"):
+                return None
+        except (SafetensorError, OSError) as error:
+            return f"cut short or not safetensors: {_first_line(error)}"
+    if file.suffix == ".bin" and not zipfile.is_zipfile(file) and head[:1] != b"\x80":  # 0x80: torch's old format
+        return "cut short: the end of the archive is missing" if head[:2] in (b"", b"PK") else "not a PyTorch file"
+    return "not a GGUF file" if file.suffix == ".gguf" and head[:4] != b"GGUF" else None
 
 
 def model_identity(model: nn.Module, path: str | Path, cache_dir: str | Path | None = None) -> dict:
@@ -339,17 +316,13 @@ def describe_model(model: nn.Module, path: str | Path, cache_dir: str | Path | N
     config = {key: value for key, value in sorted(model.config.to_dict().items()) if not key.startswith("_")}
     for unrelated in ("name_or_path", "auto_map", "transformers_version", "id2label", "label2id"):
         config.pop(unrelated, None)
-    layers = []
-    for index, layer in enumerate(decoder_layers(model)):
-        shapes = {name: list(parameter.shape) for name, parameter in layer.named_parameters()}
-        layers.append(
-            {
-                "layer": index,
-                "attention": type(layer.self_attn).__name__,
-                "mlp": type(layer.mlp).__name__,
-                "shapes": shapes,
-            }
-        )
+    layers = [
+        {
+            "layer": index, "attention": type(layer.self_attn).__name__, "mlp": type(layer.mlp).__name__,
+            "shapes": {name: list(parameter.shape) for name, parameter in layer.named_parameters()},
+        }
+        for index, layer in enumerate(decoder_layers(model))
+    ]  # fmt: skip
     points = {"sidecar": {"module": "model.layers.{layer}.self_attn", "width": model.config.hidden_size}}
     if has_router(model):
         points["router_signal"] = {
@@ -357,12 +330,9 @@ def describe_model(model: nn.Module, path: str | Path, cache_dir: str | Path | N
             "experts": decoder_layers(model)[0].mlp.router_proj.out_features,
         }
     return {
-        "model": model_identity(model, path, cache_dir),
-        "config": config,
-        "parameters": parameter_counts(model),
-        "layers": layers,
-        "insertion_points": points,
-    }
+        "model": model_identity(model, path, cache_dir), "config": config, "parameters": parameter_counts(model),
+        "layers": layers, "insertion_points": points,
+    }  # fmt: skip
 
 
 def merge_model_info(path: str | Path, info: dict) -> dict:
@@ -370,12 +340,10 @@ def merge_model_info(path: str | Path, info: dict) -> dict:
 
     So the scripts that write the file complete each other, in any order; a file about other weights is replaced.
     """
-    path, earlier = Path(path), {}
-    if path.is_file():
-        try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            earlier = {}  # cut short or edited: written anew
+    try:
+        earlier = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        earlier = {}  # cut short or edited: written anew
     same = isinstance(earlier, dict) and earlier.get("model") == info["model"]
     merged = (earlier if same else {}) | info
     return {section: merged[section] for section in INFO_SECTIONS if section in merged}
@@ -386,7 +354,6 @@ def _load_weights(
 ) -> nn.Module:
     """The model on its device; every failure that a file can cause comes out as UserError or CheckpointError."""
     folder, gguf = _split_gguf(path)
-    blockffn = is_blockffn(path)
     # straight to the device, tensor by tensor from the mapped file: the weights never exist twice
     arguments = {"dtype": dtype, "device_map": {"": str(device)}}
     if max_memory_gb is not None and device.type == "cuda":
@@ -404,19 +371,18 @@ def _load_weights(
     if gguf is not None:
         arguments["gguf_file"] = gguf
     small = sum(file.stat().st_size for file in weight_files(path)) < SMALL_WEIGHTS
-    bars = transformers_logging.is_progress_bar_enabled()
-    if small and bars:
+    without_bar = small and transformers_logging.is_progress_bar_enabled()
+    if without_bar:
         transformers_logging.disable_progress_bar()
     try:
-        if blockffn:
+        if is_blockffn(path):
             return BlockFFNForCausalLM.from_pretrained(folder, **arguments)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=False, weights_only=True, output_loading_info=True, **arguments
         )
         if info["missing_keys"]:
-            raise CheckpointError(
-                f"{path} does not fit its config.json: missing: {', '.join(sorted(info['missing_keys']))}"
-            )
+            missing = ", ".join(sorted(info["missing_keys"]))
+            raise CheckpointError(f"{path} does not fit its config.json: missing: {missing}")
         return model
     except (CheckpointError, UserError, torch.OutOfMemoryError):
         raise
@@ -424,10 +390,8 @@ def _load_weights(
         raise CheckpointError(
             f"{path} is refused: a .bin file in it holds something other than plain tensors, or is damaged"
         ) from error
-    except (SafetensorError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is damaged ({_first_line(error)}); download the model again") from error
-    except RuntimeError as error:
-        if "PytorchStreamReader" not in str(error) and "zip" not in str(error):
+    except (SafetensorError, EOFError, zipfile.BadZipFile, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error) and "zip" not in str(error):
             raise
         raise CheckpointError(f"{path} is damaged ({_first_line(error)}); download the model again") from error
     except (ValueError, OSError, KeyError, ImportError) as error:
@@ -435,7 +399,7 @@ def _load_weights(
             raise UserError(f"{path} needs code of its own, which this repo does not run; {_TRY_TINY}") from error
         raise UserError(f"{path} could not be loaded: {_first_line(error)}") from error
     finally:
-        if small and bars:
+        if without_bar:
             transformers_logging.enable_progress_bar()
 
 
