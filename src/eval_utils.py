@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from src.base.text_data import TokenDocument, Window, score_windows
 from src.models.windows import evaluation_mode
@@ -26,6 +26,8 @@ CPU_BATCH_TOKENS = 2048
 CPU_LONG_WINDOW = 512
 CPU_CALL_TOKENS = 16
 GPU_CALL_TOKENS = 512
+# What the speed of decoding is measured with, in tokens.
+DECODE_PROMPT, DECODE_TOKENS = 64, 32
 # Elements of one float32 chunk of log-probabilities: cache-sized on a CPU, 128 MB on a GPU.
 CHUNK_ELEMENTS_CPU = 2**19
 CHUNK_ELEMENTS_GPU = 2**25
@@ -44,28 +46,17 @@ class WindowRef:
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums per document, in the order of the documents that were scored (N of them).
-
-    Attributes:
-        ids, domains: of each document.
-        nll [N]: negative log-likelihood of all tokens but the prefix, summed, nats, float64.
-        tokens [N]: scored tokens; a document's length without its prefix token.
-        num_bytes [N]: UTF-8 bytes of the document's text.
-        kl [N], top1 [N]: sum over scored positions of KL(reference || model) in nats, and the number of positions
-            where both have the same most likely token; None without a reference. Divide by `tokens` for means.
-        token_nll: per document, float32 [tokens]; entry j belongs to `ids[j + 1]`.
-        seconds: wall time of the model's own forwards and scoring (the reference's forwards are not in it).
-    """
+    """Sums per document, in the order of the documents that were scored (N of them)."""
 
     ids: list[str]
     domains: list[str]
-    nll: np.ndarray
-    tokens: np.ndarray
-    num_bytes: np.ndarray
-    kl: np.ndarray | None
-    top1: np.ndarray | None
-    token_nll: list[np.ndarray]
-    seconds: float
+    nll: np.ndarray  # [N] float64: negative log-likelihood of all tokens but the prefix, summed, nats
+    tokens: np.ndarray  # [N]: scored tokens, a document's length without its prefix token
+    num_bytes: np.ndarray  # [N]: UTF-8 bytes of the document's text
+    kl: np.ndarray | None  # [N]: KL(reference || model) in nats, summed over tokens; None without a reference
+    top1: np.ndarray | None  # [N]: how often both have the same most likely token; None without a reference
+    token_nll: list[np.ndarray]  # per document, float32 [tokens]; entry j belongs to `ids[j + 1]`
+    seconds: float  # wall time of the model's own forwards and scoring; the reference's forwards are not in it
 
     @property
     def nll_per_token(self) -> float:
@@ -123,8 +114,6 @@ def score_documents(
         raise ValueError("there is no document to score")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    if not 1 <= stride <= max_seq_len:
-        raise ValueError(f"stride is {stride}; it must lie in 1..max_seq_len = {max_seq_len}")
     for document in token_documents:
         if len(document.ids) < 2:
             raise ValueError(f"document {document.id!r} has no token to score")
@@ -136,10 +125,8 @@ def score_documents(
         for window in score_windows(len(document.ids), max_seq_len, stride)
     ]
     token_nll = [np.full(len(document.ids) - 1, np.nan, dtype=np.float32) for document in token_documents]
-    kl = np.zeros(len(token_documents)) if reference is not None else None
-    top1 = np.zeros(len(token_documents), dtype=np.int64) if reference is not None else None
-    seconds = 0.0
-    total = sum(len(values) for values in token_nll)
+    kl, top1 = np.zeros(len(token_documents)), np.zeros(len(token_documents), dtype=np.int64)
+    seconds, total = 0.0, sum(map(len, token_nll))
     with (
         torch.no_grad(),
         evaluation_mode(model),
@@ -163,11 +150,9 @@ def score_documents(
         nll=np.array([values.sum(dtype=np.float64) for values in token_nll]),
         tokens=np.array([len(values) for values in token_nll], dtype=np.int64),
         num_bytes=np.array([document.num_bytes for document in token_documents], dtype=np.int64),
-        kl=kl,
-        top1=top1,
-        token_nll=token_nll,
-        seconds=seconds,
-    )
+        kl=None if reference is None else kl, top1=None if reference is None else top1,
+        token_nll=token_nll, seconds=seconds,
+    )  # fmt: skip
 
 
 def _score_batch(
@@ -188,7 +173,7 @@ def _score_batch(
     reference_logits = None
     if reference is not None:
         reference_logits = _at(reference(input_ids, attention_mask), keep)
-        _synchronize(device)
+        synchronize(device)
     started = time.perf_counter()
     # handed on without a name: the logits of a batch must not outlive it
     nll, divergence, agreement = _score_positions(
@@ -286,9 +271,7 @@ def _score_positions(
             reference_log_probs = torch.log_softmax(reference_chunk, dim=-1, dtype=torch.float32)
             divergence.append((reference_log_probs.exp() * (reference_log_probs - log_probs)).sum(-1))
             agreement.append(chunk.argmax(-1) == reference_chunk.argmax(-1))
-    if reference_logits is None:
-        return torch.cat(nll), None, None
-    return torch.cat(nll), torch.cat(divergence).cpu(), torch.cat(agreement).cpu()
+    return torch.cat(nll), *(torch.cat(parts).cpu() if parts else None for parts in (divergence, agreement))
 
 
 @contextlib.contextmanager
@@ -305,12 +288,7 @@ def _greedy(model: nn.Module, eos_token_id, pad_token_id: int, max_new_tokens: i
 
 
 def generate_texts(
-    model: nn.Module,
-    tokenizer,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    seed: int = 0,
-    batch_size: int = 8,
+    model: nn.Module, tokenizer, prompts: Sequence[str], max_new_tokens: int, seed: int = 0, batch_size: int = 8
 ) -> list[str]:
     """Greedy continuations of `prompts` (without the prompts), in their order, in left-padded batches, deterministic.
 
@@ -328,7 +306,9 @@ def generate_texts(
         if not ids:
             raise ValueError(f"the prompt {prompt!r} has no tokens")
     texts = []
-    with torch.no_grad(), evaluation_mode(model), _greedy(model, eos, pad, max_new_tokens), _seeded(seed, device):
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with torch.no_grad(), evaluation_mode(model), _greedy(model, eos, pad, max_new_tokens), forked:
+        torch.manual_seed(seed)
         for start in range(0, len(encoded), batch_size):
             rows = encoded[start : start + batch_size]
             longest = max(len(ids) for ids in rows)
@@ -340,61 +320,29 @@ def generate_texts(
     return texts
 
 
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device):
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def _random_ids(model: nn.Module, batch_size: int, num_tokens: int, seed: int) -> torch.Tensor:
-    """[batch_size, num_tokens] seeded ids on the model's device."""
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    ids = np.random.default_rng(seed).integers(0, vocab_size, (batch_size, num_tokens))
-    return torch.from_numpy(ids).to(model_device(model))
-
-
-class _StepClock(StoppingCriteria):
-    """Notes the time after every generated token; never stops."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.times: list[float] = []
-
-    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
-        _synchronize(self.device)
-        self.times.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-def decode_speed(
-    model: nn.Module,
-    prompt_tokens: int = 64,
-    new_tokens: int = 32,
-    batch_size: int = 1,
-    repeats: int = 3,
-    seed: int = 0,
-) -> float:
+def decode_speed(model: nn.Module, repeats: int = 3) -> float:
     """Generated tokens per second of cached greedy `generate`, from the first new token to the last.
 
-    The prefill, which yields the first token, is not in it. Median of `repeats` after one warm-up; random prompt, no
-    end-of-sequence. Raises ValueError for fewer than two new tokens.
+    The prefill, which yields the first token, is not in it. Median of `repeats` after one warm-up; one random prompt of
+    DECODE_PROMPT tokens, DECODE_TOKENS new ones, no end-of-sequence.
     """
-    if new_tokens < 2:
-        raise ValueError(f"new_tokens is {new_tokens}; decoding speed needs at least 2")
     device = model_device(model)
-    input_ids = _random_ids(model, batch_size, prompt_tokens, seed)
-    times = []
-    with torch.no_grad(), evaluation_mode(model), _greedy(model, None, 0, new_tokens):
+    ids = np.random.default_rng(0).integers(0, model.get_input_embeddings().weight.shape[0], (1, DECODE_PROMPT))
+    input_ids, times, seconds = torch.from_numpy(ids).to(device), [], []
+
+    def note_time(ids, scores, **kwargs) -> torch.Tensor:
+        """A stopping criterion that never stops."""
+        synchronize(device)
+        times.append(time.perf_counter())
+        return torch.zeros(1, dtype=torch.bool, device=device)
+
+    with torch.no_grad(), evaluation_mode(model), _greedy(model, None, 0, DECODE_TOKENS):
         for _ in range(repeats + 1):
-            clock = _StepClock(device)
-            model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                stopping_criteria=StoppingCriteriaList([clock]),
-            )
-            times.append(clock.times[-1] - clock.times[0])
-    return float(batch_size * (new_tokens - 1) / np.median(times[1:]))
+            times.clear()
+            criteria = StoppingCriteriaList([note_time])
+            model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), stopping_criteria=criteria)
+            seconds.append(times[-1] - times[0])
+    return float((DECODE_TOKENS - 1) / np.median(seconds[1:]))
 
 
 def reset_peak_memory(device: torch.device | str) -> None:
@@ -421,6 +369,7 @@ def peak_memory_gb(device: torch.device | str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU, whose work is queued, before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

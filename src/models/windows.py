@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -14,18 +13,12 @@ from src.base.text_data import TokenDocument, Window, score_windows
 
 @dataclass(frozen=True)
 class Reading:
-    """One window of a document as a model reads it, without padding.
-
-    Attributes:
-        document, window: what is read; the windows are those of `text_data.score_windows`.
-        input_ids: [1, T], on the model's device.
-        new: the first of the T positions that no earlier window of the document has read.
-    """
+    """One window of a document as a model reads it, without padding."""
 
     document: TokenDocument
-    window: Window
-    input_ids: torch.Tensor
-    new: int
+    window: Window  # one of `text_data.score_windows`
+    input_ids: torch.Tensor  # [1, T], on the model's device
+    new: int  # the first of the T positions that no earlier window of the document has read
 
     @property
     def start(self) -> int:
@@ -34,8 +27,9 @@ class Reading:
 
     def targets(self) -> torch.Tensor:
         """The tokens [T] that follow those that are read."""
-        ids = np.asarray(self.document.ids[self.window.start + 1 : self.window.stop])
-        return torch.as_tensor(ids, device=self.input_ids.device)
+        return torch.as_tensor(
+            self.document.ids[self.window.start + 1 : self.window.stop], device=self.input_ids.device
+        )
 
     def scored(self) -> torch.Tensor:
         """Which positions' next tokens count in this window, [1, T] bool: those that no earlier window scored."""
@@ -64,8 +58,7 @@ def read_windows(
         if not windows:
             raise ValueError(f"document {document.id!r} has no token behind its prefix")
         for window in windows:
-            ids = np.asarray(document.ids[window.start : window.stop - 1])
-            input_ids = torch.as_tensor(ids, device=device)[None]
+            input_ids = torch.as_tensor(document.ids[window.start : window.stop - 1], device=device)[None]
             yield Reading(document, window, input_ids, window.first_scored - 1 - window.start)
 
 
