@@ -32,9 +32,11 @@ from transformers.models.minicpm3.modeling_minicpm3 import (
 )
 from transformers.utils import logging as transformers_logging
 
-ATTENTION_TYPES = ("vanilla", "mla")
-FFN_TYPES = ("block", "block_linear")
-ROUTER_NORMS = ("rms", "sum", "none")
+# The kinds that this model implements, by the name of their setting.
+KNOWN = {
+    "attention_type": ("vanilla", "mla"), "ffn_type": ("block", "block_linear"),
+    "norm_after_router": ("rms", "sum", "none"),
+}  # fmt: skip
 
 
 @strict
@@ -56,11 +58,7 @@ class BlockFFNConfig(MiniCPM3Config):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for name, allowed in (
-            ("attention_type", ATTENTION_TYPES),
-            ("ffn_type", FFN_TYPES),
-            ("norm_after_router", ROUTER_NORMS),
-        ):
+        for name, allowed in KNOWN.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"config.json: {name} is {getattr(self, name)!r}; BlockFFN knows {', '.join(allowed)}")
         for name in ("router_act", "hidden_act"):
@@ -157,10 +155,10 @@ class BlockFFNForCausalLM(BlockFFNPreTrainedModel, MiniCPM3ForCausalLM):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs):
-        """Load a folder or hub id in any of the hub's layouts (.bin, sharded .bin, safetensors).
+        """Load a folder or hub id in any of the hub's layouts, memory-mapped and with `weights_only=True`.
 
-        Arguments are those of `PreTrainedModel.from_pretrained`. Tensors are read memory-mapped and with
-        `weights_only=True`. Raises CheckpointError when a tensor is missing, extra or misshapen, naming each.
+        Arguments are those of `PreTrainedModel.from_pretrained`. Raises CheckpointError when a tensor is missing, extra
+        or misshapen, naming each.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("weights_only", True)
@@ -170,80 +168,57 @@ class BlockFFNForCausalLM(BlockFFNPreTrainedModel, MiniCPM3ForCausalLM):
         transformers_logging.set_verbosity_error()
         try:
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *args,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **kwargs,
+                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         finally:
             transformers_logging.set_verbosity(level)
-        problems = []
-        if info["missing_keys"]:
-            problems.append("missing: " + ", ".join(sorted(info["missing_keys"])))
-        if info["unexpected_keys"]:
-            problems.append("not part of the model: " + ", ".join(sorted(info["unexpected_keys"])))
+        keys = {"missing": info["missing_keys"], "not part of the model": info["unexpected_keys"]}
+        problems = [f"{what}: {', '.join(sorted(names))}" for what, names in keys.items() if names]
         for key, found, expected in sorted(info["mismatched_keys"]):
             problems.append(f"{key} has shape {tuple(found)}, the configuration says {tuple(expected)}")
-        if info["error_msgs"]:
-            problems.append(str(info["error_msgs"]))
+        problems += map(str, info["error_msgs"])
         if problems:
-            raise CheckpointError(
-                f"{pretrained_model_name_or_path} does not fit its config.json: {'; '.join(problems)}"
-            )
+            fault = "; ".join(problems)
+            raise CheckpointError(f"{pretrained_model_name_or_path} does not fit its config.json: {fault}")
         return (model, info) if wants_info else model
 
 
-class _FlattenExperts(ConversionOps):
-    """Hub expert tensors -> `nn.Linear` weights; `block` is 3-D, `block_linear` is already 2-D."""
+class _ExpertLayout(ConversionOps):
+    """Hub expert tensors <-> `nn.Linear` weights; `block` is 3-D on the hub, `block_linear` is 2-D as here.
+
+    up: [E, d, D] <-> [E*d, D]; down: [E, D, d] <-> [D, E*d]. up's rows are (expert, neuron); down's columns are, so its
+    expert axis moves inwards.
+    """
+
+    def __init__(self, saves: bool = False):
+        self.saves = saves
 
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
-        """up [E, d, D] -> [E*d, D]; down [E, D, d] -> [D, E*d]; 2-D tensors pass through.
-
-        So does a 3-D tensor of another shape, such as [d, E, D]: flattened it could fit and mean something else, as it
-        is `from_pretrained` names it.
-        """
+        """One tensor to the other layout. Loading passes on a tensor of another shape, such as [d, E, D]: flattened it
+        could fit and mean something else, as it is `from_pretrained` names it."""
         (tensors,) = input_dict.values()
         tensor = tensors[0] if isinstance(tensors, list) else tensors
-        is_down = "down_proj" in target_patterns[0]
-        inner = (config.hidden_size, config.expert_size) if is_down else (config.expert_size, config.hidden_size)
-        if tuple(tensor.shape) == (config.num_experts, *inner):
-            # up's rows are (expert, neuron); down's columns are, so its expert axis moves inwards first
-            tensor = tensor.transpose(0, 1).flatten(1) if is_down else tensor.flatten(0, 1)
+        is_down, experts = "down_proj" in target_patterns[0], (config.num_experts, config.expert_size)
+        if self.saves and config.ffn_type == "block":
+            tensor = tensor.unflatten(1, experts).transpose(0, 1) if is_down else tensor.unflatten(0, experts)
+        elif not self.saves:
+            inner = (config.hidden_size, config.expert_size) if is_down else (config.expert_size, config.hidden_size)
+            if tuple(tensor.shape) == (config.num_experts, *inner):
+                tensor = tensor.transpose(0, 1).flatten(1) if is_down else tensor.flatten(0, 1)
         return {target_patterns[0]: tensor.contiguous()}
 
     @property
     def reverse_op(self):
-        """The operation that saving applies."""
-        return _UnflattenExperts()
-
-
-class _UnflattenExperts(ConversionOps):
-    """The inverse of `_FlattenExperts`, in the layout that the configuration's `ffn_type` names."""
-
-    @torch.no_grad()
-    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
-        """up [E*d, D] -> [E, d, D]; down [D, E*d] -> [E, D, d]; unchanged for `block_linear`."""
-        (tensors,) = input_dict.values()
-        tensor = tensors[0] if isinstance(tensors, list) else tensors
-        if config.ffn_type == "block":
-            shape = (config.num_experts, config.expert_size)
-            is_down = "down_proj" in target_patterns[0]
-            tensor = tensor.unflatten(1, shape).transpose(0, 1) if is_down else tensor.unflatten(0, shape)
-        return {target_patterns[0]: tensor.contiguous()}
-
-    @property
-    def reverse_op(self):
-        """The operation that saving applies."""
-        return _FlattenExperts()
+        """The operation that saving applies to what loading converted."""
+        return _ExpertLayout(not self.saves)
 
 
 register_checkpoint_conversion_mapping(
     "BlockFFNForCausalLM",
     [
         # the look-ahead keeps keys that end in `.weight` already (it is dropped when transformers reverses the pattern)
-        WeightConverter([rf"mlp\.{name}(?![.\w])"], [f"mlp.{name}.weight"], operations=[_FlattenExperts()])
+        WeightConverter([rf"mlp\.{name}(?![.\w])"], [f"mlp.{name}.weight"], operations=[_ExpertLayout()])
         for name in ("up_proj", "down_proj")
     ],
     overwrite=True,
