@@ -118,8 +118,7 @@ def train(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     training = pretraining.train(settings)
     print(f"step {training.step}, {training.tokens / 1e6:.2f} M tokens")
-    log = pretraining.log_file(arguments.cache, arguments.arch)
-    cli.say_written([training.file, log], f"{SCRIPT} export --arch {arguments.arch}", argv=[])
+    cli.say_written([training.file, training.log], f"{SCRIPT} export --arch {arguments.arch}", argv=[])
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -129,7 +128,7 @@ def export(arguments: argparse.Namespace) -> None:
 
     from src.models import pretraining
 
-    file = pretraining.state_file(arguments.cache, arguments.arch)
+    file, log = pretraining.training_files(arguments.cache, arguments.arch)
     if not file.exists():
         raise UserError(f"{file} does not exist; train first: python {SCRIPT} train --arch {arguments.arch}")
     state = torch.load(file, weights_only=True, map_location="cpu")
@@ -144,7 +143,6 @@ def export(arguments: argparse.Namespace) -> None:
     tokenizer.save_pretrained(arguments.assets)
     training = {"steps": state["step"], "tokens_seen": state["tokens"]}
     (arguments.assets / "training.json").write_text(json.dumps(training) + "\n")
-    log = pretraining.log_file(arguments.cache, arguments.arch)
     shutil.copyfile(log, arguments.assets / "training_log.csv")
     print(f"{state['tokens'] / 1e6:.2f} M tokens")
     cli.say_written([arguments.assets], f"{SCRIPT} evaluate --arch {arguments.arch}", argv=[])

@@ -53,34 +53,27 @@ class TrainingSettings:
     seed: int  # of the weights and of the batches
 
 
-def state_file(cache: Path, arch: str) -> Path:
-    """Where training keeps weights, optimiser and position."""
-    return cache / f"state_{arch}.pt"
-
-
-def log_file(cache: Path, arch: str) -> Path:
-    """The curve of a training."""
-    return cache / f"train_log_{arch}.csv"
+def training_files(cache: Path, arch: str) -> tuple[Path, Path]:
+    """Where training keeps its state (weights, optimiser, position), and its log."""
+    return cache / f"state_{arch}.pt", cache / f"train_log_{arch}.csv"
 
 
 # -- models
-def new_model(arch: str, shape: Path, seed: int) -> nn.Module:
-    """An untrained float32 model of the size that the config.json in the folder `shape` states."""
-    model = MODELS[arch](MODELS[arch].config_class.from_pretrained(shape))
-    if arch == "mixtral":
-        init_deep_residuals(model)
-    else:
-        init_recall_heads(model, seed=seed)
-    return model
-
-
 @torch.no_grad()
-def init_deep_residuals(model: nn.Module) -> None:
-    """Divide the matrices that write to the residual stream by sqrt(2 L), as GPT-2 does; 32 layers need it."""
+def new_model(arch: str, shape: Path, seed: int) -> nn.Module:
+    """An untrained float32 model of the size that the config.json in the folder `shape` states.
+
+    Mixtral's matrices that write to the residual stream are divided by sqrt(2 L), as in GPT-2; 32 layers need it.
+    """
+    model = MODELS[arch](MODELS[arch].config_class.from_pretrained(shape))
     layers = model.model.layers
+    if arch == "blockffn":
+        init_recall_heads(model, seed=seed)
+        return model
     for layer in layers:
-        for weight in (layer.self_attn.o_proj.weight, layer.mlp.experts.down_proj):
-            weight /= math.sqrt(2 * len(layers))
+        layer.self_attn.o_proj.weight /= math.sqrt(2 * len(layers))
+        layer.mlp.experts.down_proj /= math.sqrt(2 * len(layers))
+    return model
 
 
 # -- objectives
@@ -118,10 +111,7 @@ def blockffn_layer(layer, hidden, cos, sin, same_document):
     Compiling the model's own layers, with hooks on their routers, takes 30 % longer a step. Returns the layer's output
     [B, T, D] and its two router objectives, scalars.
     """
-    mixed, _ = layer.self_attn(
-        hidden_states=layer.input_layernorm(hidden), position_embeddings=(cos, sin), attention_mask=None
-    )
-    hidden = hidden + mixed * layer.residual_scale
+    hidden = hidden + _mixed(layer, hidden, cos, sin) * layer.residual_scale
     normed, mlp = layer.post_attention_layernorm(hidden), layer.mlp
     router_logits = mlp.router_proj(normed)
     gates = mlp.router_norm(mlp.router_act_fn(router_logits))
@@ -132,12 +122,15 @@ def blockffn_layer(layer, hidden, cos, sin, same_document):
 
 def mixtral_mixer(layer, hidden, cos, sin):
     """The part of a Mixtral layer whose shapes are fixed: (hidden, its norm, router logits, weights, expert ids)."""
-    mixed, _ = layer.self_attn(
-        hidden_states=layer.input_layernorm(hidden), position_embeddings=(cos, sin), attention_mask=None
-    )
-    hidden = hidden + mixed
+    hidden = hidden + _mixed(layer, hidden, cos, sin)
     normed = layer.post_attention_layernorm(hidden)
     return hidden, normed, *layer.mlp.gate(normed)
+
+
+def _mixed(layer, hidden, cos, sin):
+    """The output [B, T, D] of a layer's attention."""
+    normed = layer.input_layernorm(hidden)
+    return layer.self_attn(hidden_states=normed, position_embeddings=(cos, sin), attention_mask=None)[0]
 
 
 def blockffn_losses(
@@ -169,10 +162,9 @@ def mixtral_losses(
     for layer in model.model.layers:
         hidden, normed, logits, weights, chosen = layer_fn(layer, hidden, cos, sin)
         hidden = hidden + layer.mlp.experts(normed.flatten(0, 1), chosen, weights).view_as(hidden)
-        balancing = balancing + load_balancing_loss_func(
-            (logits,), config.num_local_experts, config.num_experts_per_tok
-        )
-        counts = torch.bincount(chosen.flatten(), minlength=config.num_local_experts)
+        experts = config.num_local_experts
+        balancing = balancing + load_balancing_loss_func((logits,), experts, config.num_experts_per_tok)
+        counts = torch.bincount(chosen.flatten(), minlength=experts)
         smallest = min(smallest, counts.min().item() / chosen.numel())
     nll = head_fn(model, hidden[:, :-1], ids[:, 1:])
     return nll, balancing / len(model.model.layers), torch.tensor(smallest)
@@ -202,10 +194,10 @@ def span_nll(model: nn.Module, spans: np.ndarray) -> tuple[float, float]:
     return nll[:, : spans.shape[1]].mean().item(), nll[:, spans.shape[1] :].mean().item()
 
 
-def probe_recall(model: nn.Module, alphabet_size: int, span_length: int, rows: int = 8, seed: int = 1):
-    """`span_nll` of random spans, each over an alphabet of its own."""
-    rng = np.random.default_rng(seed)
-    spans = np.stack([rng.choice(rng.integers(2, VOCAB, alphabet_size), size=span_length) for _ in range(rows)])
+def probe_recall(model: nn.Module, alphabet_size: int, span_length: int) -> tuple[float, float]:
+    """`span_nll` of 8 random spans, each over an alphabet of its own, the same at every call."""
+    rng = np.random.default_rng(1)
+    spans = np.stack([rng.choice(rng.integers(2, VOCAB, alphabet_size), size=span_length) for _ in range(8)])
     return span_nll(model, spans)
 
 
@@ -221,16 +213,18 @@ def watched(model: nn.Module, cache: Path, length: int) -> list[float]:
     return values
 
 
-# -- training
-def learning_rate(
-    tokens: int, total: int, peak: float, begin: int = 0, warmup: float = 0.2e6, decay: float = 0.2
-) -> float:
-    """Warm-up after `begin` tokens (where the optimiser was new), constant, then linear to a fiftieth (WSD).
+# The losses of an architecture, and the functions that they are made of, which can be compiled.
+LOSSES = {
+    "blockffn": (blockffn_losses, blockffn_layer, head_loss), "mixtral": (mixtral_losses, mixtral_mixer, head_loss),
+}  # fmt: skip
 
-    The decay takes the last `decay` share of `total` tokens.
-    """
-    left = max(0.0, total - tokens) / (decay * total)
-    return peak * min(1.0, (tokens - begin) / warmup + 0.02) * (0.02 + 0.98 * min(1.0, left))
+
+# -- training
+def learning_rate(tokens: int, total: int, peak: float, begin: int = 0) -> float:
+    """0.2 M tokens of warm-up after `begin` (where the optimiser was new), constant, then, over the last fifth of
+    `total` tokens, linear to a fiftieth (WSD)."""
+    left = max(0.0, total - tokens) / (0.2 * total)
+    return peak * min(1.0, (tokens - begin) / 0.2e6 + 0.02) * (0.02 + 0.98 * min(1.0, left))
 
 
 class Training:
@@ -249,7 +243,7 @@ class Training:
         vectors = [p for p in self.model.parameters() if p.ndim == 1]
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
-        self.file = state_file(settings.cache, settings.arch)
+        self.file, self.log = training_files(settings.cache, settings.arch)
         if self.file.exists():
             state = torch.load(self.file, weights_only=True, map_location=settings.device)
             self.model.load_state_dict(state["model"])
@@ -262,12 +256,9 @@ class Training:
             seen = json.loads((settings.start_from / "training.json").read_text())
             self.step, self.tokens, self.begin = seen["steps"], seen["tokens_seen"], seen["tokens_seen"]
             print(f"goes on from {settings.start_from}: {self.tokens / 1e6:.2f} M tokens, with a new optimiser")
-        self.losses, layer_fn = (
-            (mixtral_losses, mixtral_mixer) if settings.arch == "mixtral" else (blockffn_losses, blockffn_layer)
-        )
-        self.functions = layer_fn, head_loss
+        self.losses, *self.functions = LOSSES[settings.arch]
         if settings.compiled:
-            self.functions = tuple(torch.compile(function, dynamic=False) for function in self.functions)
+            self.functions = [torch.compile(function, dynamic=False) for function in self.functions]
 
     def take_step(self, ids: torch.Tensor, rate: float) -> tuple[list[float], float]:
         """One optimiser step on ids [B, T]; returns its three losses and the norm of the gradient before clipping."""
@@ -298,7 +289,7 @@ def train(settings: TrainingSettings) -> Training:
     started = last_saved = time.time()
     first_tokens = training.tokens
     bar = tqdm(total=settings.tokens, initial=first_tokens, unit="tok", unit_scale=True, mininterval=10)
-    with bar, open(log_file(settings.cache, settings.arch), "a", newline="") as log:
+    with bar, open(training.log, "a", newline="") as log:
         writer = csv.writer(log, lineterminator="\n")
         if log.tell() == 0:
             columns = ["step", "tokens", "phase", "nll", *AUXILIARY[settings.arch], "gradient_norm", "learning_rate"]
