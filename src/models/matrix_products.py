@@ -1,6 +1,7 @@
 """The matrix products of a model's forwards alone: what a machine allows at best."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -36,12 +37,10 @@ class MatrixProducts:
             self.linear.append((self._weight(module), arguments[0].shape[:-1].numel()))
 
         linears = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
-        handles = [module.register_forward_pre_hook(note) for module in linears]
-        try:
+        with ExitStack() as stack:
+            for module in linears:
+                stack.callback(module.register_forward_pre_hook(note).remove)
             return run()
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _weight(self, module: nn.Linear) -> torch.Tensor:
         # 8-bit weights compute in the model's type

@@ -1,6 +1,7 @@
 """What the cards of the shipped checkpoints state, measured on validation text (`pretraining_text.VALIDATION`)."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,23 +29,18 @@ def sparsity_and_nll(model: nn.Module, ids: torch.Tensor) -> tuple[dict, torch.T
     # rounded here, so that the means are those of the figures that the card shows
     by_token = rounded([1 - layer.float().mean().item() for layer in layers])
     by_chunk = rounded([1 - layer.unflatten(1, (-1, 8)).any(2).float().mean().item() for layer in layers])
-    figures = {
-        "tls_per_layer": by_token,
-        "tls": np.mean(by_token),
-        "cls_8_per_layer": by_chunk,
-        "cls_8": np.mean(by_chunk),
-    }
-    return figures, nll
+    token_level = {"tls_per_layer": by_token, "tls": np.mean(by_token)}
+    return token_level | {"cls_8_per_layer": by_chunk, "cls_8": np.mean(by_chunk)}, nll
 
 
-def context_gain(model: nn.Module, cache: Path, name: str, count: int, seed: int = 5) -> dict:
+def context_gain(model: nn.Module, cache: Path, name: str, count: int) -> dict:
     """What context is worth in one domain, on `count` rows of 1,024 tokens from anywhere in its long documents.
 
     An article's opening is easier than its middle, whatever the context, so rows start anywhere. Returns NLL in nats
     by position, the positions 64-127 less 512-1,023 (other tokens of the same rows, so noisy), and the same tokens
     scored with 64-127 tokens of context less 512 and more; both differences with an interval over documents.
     """
-    rng, text = np.random.default_rng(seed), TextRows(cache, name)
+    rng, text = np.random.default_rng(5), TextRows(cache, name)
     lengths = np.diff(text.offsets)
     chosen = np.flatnonzero(lengths > 2 * ROW_TOKENS)
     documents = np.tile(chosen, count // len(chosen) + 1)[:count]
@@ -56,8 +52,8 @@ def context_gain(model: nn.Module, cache: Path, name: str, count: int, seed: int
         short = rows[:, start - 64 : start + 64].clone()
         short[:, 0] = BOS
         same_tokens.append((token_nll(model, short)[:, 63:] - nll[:, start - 1 : start + 63]).mean(1))
-    edges = [1, 64, 128, 256, 512, ROW_TOKENS]
-    by_position = {f"{a}-{b - 1}": nll[:, a - 1 : b - 1].mean(1) for a, b in zip(edges[:-1], edges[1:], strict=True)}
+    edges = pairwise([1, 64, 128, 256, 512, ROW_TOKENS])
+    by_position = {f"{a}-{b - 1}": nll[:, a - 1 : b - 1].mean(1) for a, b in edges}
     result = {"rows": len(rows), "documents": len(np.unique(documents))}
     result["nll_by_position"] = {key: values.mean().item() for key, values in by_position.items()}
     for key, gains in (
@@ -104,21 +100,16 @@ def natural_repeats(ids: torch.Tensor, tokenizer) -> tuple[torch.Tensor, torch.T
 
 
 def repeats_nll(tokenizer, scored: list[tuple[torch.Tensor, torch.Tensor]]) -> dict:
-    """NLL of first and later occurrences of rare words, their ratio and their numbers of tokens.
-
-    scored: pairs of ids [N, T] and their NLL [N, T-1].
-    """
+    """NLL of first and later occurrences of rare words, their ratio and their numbers of tokens; `scored` has pairs of
+    ids [N, T] and their NLL [N, T-1]."""
     values: list[list[torch.Tensor]] = [[], []]
     for ids, nll in scored:
         for kept, mask in zip(values, natural_repeats(ids, tokenizer), strict=True):
             kept.append(nll[mask])
     first, later = (torch.cat(kept).double() for kept in values)
-    return {
-        "first": first.mean().item(),
-        "later": later.mean().item(),
-        "ratio": (later.mean() / first.mean()).item(),
-        "tokens": [len(first), len(later)],
-    }
+    ratio = (later.mean() / first.mean()).item()
+    lengths = [len(first), len(later)]
+    return {"first": first.mean().item(), "later": later.mean().item(), "ratio": ratio, "tokens": lengths}
 
 
 def bits_per_byte(model: nn.Module, tokenizer, cache: Path, rows: int) -> dict:

@@ -251,8 +251,8 @@ class Training:
             self.step, self.tokens, self.begin = state["step"], state["tokens"], state["begin"]
             print(f"resumed at step {self.step}, {self.tokens / 1e6:.2f} M tokens")
         elif settings.start_from:
-            weights = type(self.model).from_pretrained(settings.start_from, dtype=torch.float32).state_dict()
-            self.model.load_state_dict(weights)
+            exported = type(self.model).from_pretrained(settings.start_from, dtype=torch.float32)
+            self.model.load_state_dict(exported.state_dict())
             seen = json.loads((settings.start_from / "training.json").read_text())
             self.step, self.tokens, self.begin = seen["steps"], seen["tokens_seen"], seen["tokens_seen"]
             print(f"goes on from {settings.start_from}: {self.tokens / 1e6:.2f} M tokens, with a new optimiser")

@@ -68,12 +68,9 @@ def standard_library_modules() -> list[str]:
 def read_texts(wikipedia: Path, gsm8k: Path, mbpp: Path, shards: int) -> dict[str, list[str]]:
     """Documents by name, those of DOMAIN_SHARES and of VALIDATION.
 
-    Args:
-        wikipedia: a folder of train-*.jsonl.xz, of which the first `shards` are read, and valid.jsonl.xz.
-        gsm8k: the training questions, a .jsonl file with `question` and `answer`; the last 300 are for validation.
-        mbpp: a .jsonl file with `task_id`, `text` and `code`; tasks 601 to 974 are for training, 11 to 510 for
-            validation.
-        shards: how many files of Wikipedia are read.
+    wikipedia: a folder of train-*.jsonl.xz, of which the first `shards` are read, and valid.jsonl.xz.
+    gsm8k: the training questions, a .jsonl file with `question` and `answer`; the last 300 are for validation.
+    mbpp: a .jsonl file with `task_id`, `text` and `code`; tasks 601 to 974 are for training, 11 to 510 for validation.
     """
     prose = [text for path in sorted(wikipedia.glob("train-*.jsonl.xz"))[:shards] for text in _records(path)["text"]]
     math_problems = [f"Question: {r.question}\nAnswer: {r.answer}" for r in _records(gsm8k).itertuples()]
@@ -113,8 +110,8 @@ def write_tokens(cache: Path, name: str, documents: list[str], tokenizer: Tokeni
     """Write `<name>.npy`, all tokens as uint16, and `<name>.offsets.npy`, where documents begin; returns the tokens."""
     pieces = []
     for start in tqdm(range(0, len(documents), 256), desc=name):
-        for encoding in tokenizer.encode_batch(documents[start : start + 256]):
-            pieces.append(np.array([*encoding.ids, EOS], dtype=np.uint16))
+        encodings = tokenizer.encode_batch(documents[start : start + 256])
+        pieces += [np.array([*encoding.ids, EOS], dtype=np.uint16) for encoding in encodings]
     np.save(cache / f"{name}.npy", np.concatenate(pieces))
     offsets = np.cumsum([0, *map(len, pieces)])
     np.save(cache / f"{name}.offsets.npy", offsets)
@@ -134,11 +131,9 @@ class TextRows:
         while size < length:
             document = rng.integers(len(self.offsets) - 1)
             start, stop = self.offsets[document], self.offsets[document + 1]
-            chunks = max(1, (stop - start) // length)
-            start = start + length * rng.integers(chunks)
-            piece = self._slice(start, min(stop, start + length - size))
-            pieces.append(piece)
-            size += len(piece)
+            start += length * rng.integers(max(1, (stop - start) // length))
+            pieces.append(self._slice(start, min(stop, start + length - size)))
+            size += len(pieces[-1])
         return np.concatenate(pieces)[:length]
 
     def rows(self, rng: np.random.Generator, count: int, length: int) -> torch.Tensor:
@@ -193,13 +188,11 @@ def paste_earlier_span(rng: np.random.Generator, row: np.ndarray) -> None:
 
 def phase_at(arch: str, tokens: int) -> tuple[Phase, float]:
     """The phase after a number of tokens, and the difficulty of its recall rows there."""
-    begin = 0.0
-    for phase in PHASES[arch]:
-        if tokens < phase.until * 1e6:
-            progress = (tokens / 1e6 - begin) / (phase.until - begin)
-            return phase, phase.easiest + (phase.hardest - phase.easiest) * progress
-        begin = phase.until
-    raise AssertionError("the last phase never ends")
+    phases = PHASES[arch]
+    at = next(index for index, phase in enumerate(phases) if tokens < phase.until * 1e6)
+    phase, begin = phases[at], phases[at - 1].until if at else 0.0
+    progress = (tokens / 1e6 - begin) / (phase.until - begin)
+    return phase, phase.easiest + (phase.hardest - phase.easiest) * progress
 
 
 def make_batch(rng: np.random.Generator, domains: dict[str, TextRows], phase: Phase, difficulty: float) -> torch.Tensor:
