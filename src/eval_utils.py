@@ -162,10 +162,7 @@ def _score_batch(
     reference: Reference | None,
     on_batch: Callable[[list[WindowRef]], None] | None,
 ) -> tuple[np.ndarray, torch.Tensor | None, torch.Tensor | None, float]:
-    """(nll [N], KL [N], agreement [N], seconds of the model's own forward and scoring) of a batch's N kept positions.
-
-    KL and agreement are None without a reference.
-    """
+    """(nll [N], KL [N], agreement [N], seconds of the model's own forward and scoring) of its N kept positions."""
     device = model_device(model)
     input_ids, attention_mask, keep, targets = (tensor.to(device) for tensor in _collate(rows, token_documents))
     if on_batch is not None:

@@ -148,10 +148,7 @@ class RoutingExtractor(_RouterHooks):
         return dict(sorted(self._captured.items()))
 
     def token_sparsity(self) -> np.ndarray:
-        """Fraction of exact zeros among each token's router activations, [L, B, T] float64.
-
-        Raises ValueError for softmax routers, whose signal has no zeros.
-        """
+        """Fraction of exact zeros among each token's router activations, [L, B, T] float64; BlockFFN only."""
         if not self._is_blockffn:
             raise ValueError("sparsity needs a BlockFFN model: the signal of a softmax router has no exact zeros")
         signals = self.get_routing_signals().values()
@@ -260,10 +257,7 @@ class TopKExtractor(_RouterHooks):
         return TopK(tuple(self.layers), experts.to(torch.int16), gating_probs, max(self._num_experts.values()))
 
     def get_router_inputs(self) -> torch.Tensor:
-        """What the routers were given in the last forward, [L, B, T, D] in `input_dtype`, on the host.
-
-        Raises ValueError before the first forward, and for an extractor without `input_dtype`.
-        """
+        """What the routers were given in the last forward, [L, B, T, D] in `input_dtype`, on the host."""
         if self._input_dtype is None:
             raise ValueError("router inputs were not kept: open the extractor with an input_dtype")
         self._check_captured()

@@ -97,10 +97,7 @@ def load_model(
 
 
 def load_tokenizer(path: str | Path):
-    """The tokenizer in a model folder or .gguf file, without remote code; pads with `eos` where it names no padding.
-
-    Raises UserError where the folder holds no tokenizer.
-    """
+    """The tokenizer in a model folder or .gguf file, without remote code; pads with `eos` where it names no padding."""
     folder, gguf = _split_gguf(Path(path))
     extra = {} if gguf is None else {"gguf_file": gguf}
     blockffn = is_blockffn(path)
@@ -142,7 +139,6 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
     bfloat16 comes first because MiniCPM's embeddings are multiplied by `scale_emb` and never normalised in the residual
     stream: float16's range of 65,504 is a risk that bfloat16 does not have, at the same size.
-    Raises UserError for an unknown name.
     """
     if dtype == "auto":
         if device.type == "cpu":
@@ -203,9 +199,7 @@ def hub_files(name: str) -> dict[str, int]:
         weights = {file for file in sizes if file.endswith(suffix) and file.startswith(stem)}
         if weights:
             return {file: sizes[file] for file in sorted(wanted | weights)}
-    raise UserError(
-        f"{name} on the hub holds no model*.safetensors and no pytorch_model*.bin; give a folder with the weights"
-    )
+    raise UserError(f"{name} on the hub holds no model*.safetensors or pytorch_model*.bin; give a folder with weights")
 
 
 def download(name: str, cache_dir: str | Path | None = None) -> Path:
@@ -254,10 +248,7 @@ def weight_files(path: str | Path) -> list[Path]:
 
 
 def check_weight_files(path: str | Path) -> None:
-    """Refuse, before anything is loaded, weight files that are cut short, missing from the index, or Git LFS pointers.
-
-    Raises CheckpointError naming the file.
-    """
+    """CheckpointError, before anything is loaded, for files that are cut short, missing or Git LFS pointers."""
     path, files = Path(path), weight_files(path)
     for index in sorted(path.glob(f"*{files[0].suffix}.index.json")):
         try:
@@ -293,8 +284,7 @@ def _damage(file: Path) -> str | None:
 def model_identity(model: nn.Module, path: str | Path, cache_dir: str | Path | None = None) -> dict:
     """Which model this is; `path` is what was given to `load_model`.
 
-    Returns {"name" (as the user gave it), "sha256" (over names and bytes of the weight files), "model_type",
-    "num_layers", "parameters", "dtype"}.
+    `name` is as the user gave it, `sha256` over names and bytes of the weight files.
     """
     digest = hashlib.sha256()
     for file in weight_files(resolve_model_path(path, cache_dir)):
@@ -302,13 +292,10 @@ def model_identity(model: nn.Module, path: str | Path, cache_dir: str | Path | N
         with file.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
     return {
-        "name": str(path),
-        "sha256": digest.hexdigest(),
-        "model_type": model_type_of(model),
-        "num_layers": len(decoder_layers(model)),
-        "parameters": parameter_counts(model)["total"],
+        "name": str(path), "sha256": digest.hexdigest(), "model_type": model_type_of(model),
+        "num_layers": len(decoder_layers(model)), "parameters": parameter_counts(model)["total"],
         "dtype": dtype_name(model.dtype),
-    }
+    }  # fmt: skip
 
 
 def describe_model(model: nn.Module, path: str | Path, cache_dir: str | Path | None = None) -> dict:
@@ -325,10 +312,8 @@ def describe_model(model: nn.Module, path: str | Path, cache_dir: str | Path | N
     ]  # fmt: skip
     points = {"sidecar": {"module": "model.layers.{layer}.self_attn", "width": model.config.hidden_size}}
     if has_router(model):
-        points["router_signal"] = {
-            "module": "model.layers.{layer}.mlp.router_act_fn",
-            "experts": decoder_layers(model)[0].mlp.router_proj.out_features,
-        }
+        experts = decoder_layers(model)[0].mlp.router_proj.out_features
+        points["router_signal"] = {"module": "model.layers.{layer}.mlp.router_act_fn", "experts": experts}
     return {
         "model": model_identity(model, path, cache_dir), "config": config, "parameters": parameter_counts(model),
         "layers": layers, "insertion_points": points,

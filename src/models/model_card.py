@@ -122,11 +122,8 @@ def bits_per_byte(model: nn.Module, tokenizer, cache: Path, rows: int) -> dict:
         bits = math.log(2) * sum(len(tokenizer.decode(row[row > EOS]).encode()) for row in targets)
         counts = np.bincount(np.load(cache / f"{train_name}.npy", mmap_mode="r"), minlength=VOCAB) + 1.0
         unigram = torch.from_numpy(-np.log(counts / counts.sum()))
-        result[name] = {
-            "model": values[keep].sum().item() / bits,
-            "unigram": unigram[targets[keep]].sum().item() / bits,
-            "nll_per_token": values[keep].mean().item(),
-        }
+        by_model, by_unigram = (nll.sum().item() / bits for nll in (values[keep], unigram[targets[keep]]))
+        result[name] = {"model": by_model, "unigram": by_unigram, "nll_per_token": values[keep].mean().item()}
     return result
 
 

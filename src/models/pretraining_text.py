@@ -54,7 +54,7 @@ PHASES = {
 }
 
 
-def standard_library_modules() -> list[str]:
+def _standard_library() -> list[str]:
     """Source texts of Python's own library, without pydoc_data (evaluation text) and the tests."""
     root = Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "pydoc_data", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
@@ -75,7 +75,7 @@ def read_texts(wikipedia: Path, gsm8k: Path, mbpp: Path, shards: int) -> dict[st
     prose = [text for path in sorted(wikipedia.glob("train-*.jsonl.xz"))[:shards] for text in _records(path)["text"]]
     math_problems = [f"Question: {r.question}\nAnswer: {r.answer}" for r in _records(gsm8k).itertuples()]
     tasks = {r.task_id: f'"""{r.text}"""\n' + r.code.replace("\r\n", "\n") + "\n" for r in _records(mbpp).itertuples()}
-    library = standard_library_modules()
+    library = _standard_library()
     return {
         "prose": prose,
         "code": [text for index, text in enumerate(library) if index % 20]
