@@ -188,7 +188,7 @@ def _score_batch(
     reference_logits = None
     if reference is not None:
         reference_logits = _at(reference(input_ids, attention_mask), keep)
-        _synchronize(device)
+        synchronize(device)
     started = time.perf_counter()
     # handed on without a name: the logits of a batch must not outlive it
     nll, divergence, agreement = _score_positions(
@@ -362,7 +362,7 @@ class _StepClock(StoppingCriteria):
         self.times: list[float] = []
 
     def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
-        _synchronize(self.device)
+        synchronize(self.device)
         self.times.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
@@ -421,6 +421,7 @@ def peak_memory_gb(device: torch.device | str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU, whose work is queued, before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -26,7 +26,7 @@ from src.gating.runs import Study, score_gate
 from src.gating.tables import mean_table, paired
 from src.hybrid.attach import attach_mamba_sidecar, detach_mamba_sidecars
 from src.hybrid.calibration import calibrate_gates
-from src.hybrid.distill import DistillSettings, train_stage_a, train_stage_b
+from src.hybrid.distill import Distillation, DistillSettings, train_stage_a, train_stage_b
 from src.hybrid.gates import FixedGate, Gate, MaskGate, ScoredGate, matched_random_masks
 from src.hybrid.layer import attachment_of, base_logits, set_gate
 from src.hybrid.recovery import measure_recovery
@@ -141,17 +141,12 @@ def train_variant(study: Study, protocol: Protocol, variant: Variant) -> list[di
     Raises ValueError as `distill.train_stage_a`.
     """
     target = protocol.folder / variant.folder
-    common = {
-        "train": protocol.train,
-        "validation": protocol.validation,
-        "folder": target,
-        "checkpoints": target / "checkpoints",
-    }
+    run = Distillation(study.model, protocol.train, protocol.validation, target, target / "checkpoints")
     steps_a = replace(protocol.stage_a, steps=variant.steps_a)
-    rows = train_stage_a(study.model, study.layers, variant.settings, settings=steps_a, **common)
+    rows = train_stage_a(run, study.layers, variant.settings, steps_a)
     if variant.steps_b:
         steps_b = replace(protocol.stage_b, steps=variant.steps_b)
-        rows = rows + train_stage_b(study.model, study.layers, settings=steps_b, **common)
+        rows = rows + train_stage_b(run, study.layers, steps_b)
     curves = pd.DataFrame(rows).query("split == 'validation'")
     curves = curves.groupby(["stage", "quantity", "step", "tokens"], as_index=False)["value"].mean()
     return [

@@ -73,6 +73,19 @@ def save_sidecars(
     return [*paths, update_index(folder, model, attachment.settings, stage, attachment.layers, training or {})]
 
 
+def sidecars_sha256(folder: str | Path, stage: str, layers: Sequence[int]) -> str:
+    """A hash over the files of these layers' sidecars of a stage."""
+    return files_sha256([sidecar_path(folder, stage, layer) for layer in layers])
+
+
+def files_sha256(files: Sequence[Path]) -> str:
+    """A hash over the names and contents of files, in this order."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
 def update_index(
     folder: str | Path, model: nn.Module, settings: SidecarSettings, stage: str, layers: Sequence[int], training: dict
 ) -> Path:

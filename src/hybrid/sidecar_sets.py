@@ -1,7 +1,6 @@
 """Which distilled sidecars a run takes: its own, else the shipped ones; sets of them from several seeds."""
 
 import argparse
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,19 @@ from torch import nn
 
 from src.base.errors import UserError
 from src.base.results import model_slug
-from src.hybrid.checkpoints import available_layers, check_base, read_index
+from src.hybrid.checkpoints import (
+    LEARNED_GATES,
+    RETRAIN,
+    available_layers,
+    check_base,
+    files_sha256,
+    read_index,
+    sidecars_sha256,
+)
 from src.hybrid.sidecar import SidecarSettings
 from src.models.loading import ASSETS_DIR
 
 DISTIL = "scripts/04_test_sidecar.py"
-
-
-LEARNED_GATES = "learned_gate.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class SidecarSet:
 
     def learned_gate_sha256(self) -> str:
         """A hash over the learned gates that were trained with it."""
-        return _sha256([self.folder / LEARNED_GATES])
+        return files_sha256([self.folder / LEARNED_GATES])
 
     def source(self) -> dict[str, object]:
         """The arguments of `attach_mamba_sidecar` that load it."""
@@ -53,8 +57,7 @@ class SidecarSet:
 
     def key(self) -> dict[str, object]:
         """What a result measured with it depends on: the layers, and the bytes of their sidecars."""
-        files = [self.folder / f"stage_{self.stage}" / f"layer_{layer}.safetensors" for layer in self.layers]
-        return {"layers": self.layers, "sidecars": _sha256(files)}
+        return {"layers": self.layers, "sidecars": sidecars_sha256(self.folder, self.stage, self.layers)}
 
     def identity(self) -> dict[str, object]:
         """What a meta file says of it: seed, folder, stage, layers, and a hash over its files and learned gates."""
@@ -65,7 +68,7 @@ class SidecarSet:
             "folder": self.folder,
             "stage": self.stage,
             "layers": self.layers,
-            "sha256": _sha256(files),
+            "sha256": files_sha256(files),
         }
 
 
@@ -110,11 +113,8 @@ def choose_stage(folder: Path, layers: Sequence[int], wanted: str = "auto") -> s
         if set(layers) <= set(available_layers(folder, stage)):
             return stage
     missing = sorted(set(layers) - set(available_layers(folder, stages[-1])))
-    raise UserError(
-        f"there is no distilled sidecar of stage {stages[-1].upper()} for layers {missing} in {folder}; choose other "
-        "layers, or distil them",
-        f"{DISTIL} --retrain",
-    )
+    absent = f"there is no distilled sidecar of stage {stages[-1].upper()} for layers {missing} in {folder}"
+    raise UserError(f"{absent}; choose other layers, or distil them", RETRAIN)
 
 
 def seed_of(folder: Path) -> int:
@@ -137,10 +137,3 @@ def sidecar_sets(folder: Path) -> dict[int, Path]:
             raise UserError(f"{other} and {sets[int(number)]} are both sidecars of seed {number}; remove one of them")
         sets[int(number)] = other
     return dict(sorted(sets.items()))
-
-
-def _sha256(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
