@@ -32,7 +32,6 @@ from src.hybrid.layer import attachment_of, base_logits, set_gate
 from src.hybrid.recovery import measure_recovery
 from src.hybrid.sidecar import SidecarSettings, attention_settings
 from src.hybrid.sidecar_sets import SidecarSet
-from src.models.families import decoder_layers
 
 DISTILLATION_ABLATIONS = ("init", "stages", "d_state", "tokens")
 D_STATES = (16, 64, 128)
@@ -114,8 +113,7 @@ def variants(
     full = Variant("", "", settings, steps_a, steps_b)
     found = []
     if "init" in ablations:
-        attention = decoder_layers(model)[layers[0]].self_attn
-        shape = attention_settings(attention, model.config.hidden_size, layers[0], settings)
+        shape = attention_settings(model, layers[0], settings)
         for init in ("random", "attention"):
             found.append(replace(full, ablation="init", name=init, settings=replace(shape, init=init)))
     if "stages" in ablations:

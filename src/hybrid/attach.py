@@ -43,7 +43,7 @@ def attach_mamba_sidecar(
         raise ValueError(f"sidecars are attached already, to layers {there}; call detach_mamba_sidecars first")
     layers = decoder_layers(model)
     indices = resolve_layers(list(layer_indices), len(layers))
-    gate = make_gate(gate_mode, alpha, signal, hard, temperature, threshold, seed) if gate is None else gate
+    gate = gate or make_gate(gate_mode, alpha, signal, hard, temperature, threshold, seed)
     if sidecar_dir is not None:
         stored = SidecarSettings(**read_index(sidecar_dir)["settings"])
         if settings is not None and settings != stored:

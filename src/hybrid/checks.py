@@ -76,19 +76,9 @@ def run_checks(
     return rows + [_row("gate was not checked", name, note=note) for name, note in notes.items()]
 
 
-def _row(
-    check: str,
-    gate: str,
-    passed: bool | None = None,
-    value: float | None = None,
-    limit: float | None = None,
-    unit: str = "",
-    note: str = "",
-) -> dict:
+def _row(check, gate, passed=None, value=None, limit=None, unit="", note="") -> dict:
     """One measured promise. `value` must not exceed `limit`; None where nothing could be measured."""
-    return {
-        "check": check, "gate": gate, "passed": passed, "value": value, "limit": limit, "unit": unit, "note": note,
-    }  # fmt: skip
+    return {"check": check, "gate": gate, "passed": passed, "value": value, "limit": limit, "unit": unit, "note": note}
 
 
 def _gates(model, layers, documents, seed, sidecar_dir) -> tuple[dict[str, Gate], dict[str, str]]:

@@ -18,15 +18,8 @@ from torch import nn
 from tqdm import tqdm
 
 from src.eval_utils import model_device, synchronize
+from src.hybrid import checkpoints
 from src.hybrid.attach import attach_mamba_sidecar, detach_mamba_sidecars
-from src.hybrid.checkpoints import (
-    base_fingerprint,
-    save_learned_gates,
-    save_sidecar,
-    save_sidecars,
-    sidecars_sha256,
-    update_index,
-)
 from src.hybrid.gates import FixedGate, LearnedGate, MaskGate
 from src.hybrid.layer import attachment_of, set_gate
 from src.hybrid.losses import attention_pairs, kl_from_teacher, relative_error
@@ -124,10 +117,10 @@ def train_stage_a(
             _fit_out_proj(run, modules, settings)
         rows += _train_on_attention(run, modules, settings, checkpoint, label, part)
         for layer, module in modules.items():
-            save_sidecar(run.folder, "a", layer, module, STORED)
+            checkpoints.save_sidecar(run.folder, "a", layer, module, STORED)
     final = {str(row["layer"]): row["value"] for row in rows if row["split"] == "validation"}
     training = _index_entry(run, settings, {"validation_normalised_mse": final})
-    update_index(run.folder, run.model, sidecars, "a", layers, training)
+    checkpoints.update_index(run.folder, run.model, sidecars, "a", layers, training)
     return rows
 
 
@@ -190,7 +183,7 @@ def train_stage_b(run: Distillation, layers: Sequence[int], settings: DistillSet
         return _means([{("kl", "all"): kl, ("kl_alpha_1", "all"): at_1} for kl, at_1 in both])
 
     try:
-        what = {"stage": "b", "start": sidecars_sha256(run.folder, "a", layers)}
+        what = {"stage": "b", "start": checkpoints.sidecars_sha256(run.folder, "a", layers)}
         checkpoint = _checkpoint(run, "stage_b", layers, settings, what)
         modules = {
             str(layer): hybrid.sidecar.float().requires_grad_(True).train()
@@ -198,7 +191,7 @@ def train_stage_b(run: Distillation, layers: Sequence[int], settings: DistillSet
         }
         rows = _optimise(run, "b", modules, loss_of, validate, settings, checkpoint, "stage B")
         last = {row["quantity"]: row["value"] for row in rows if row["split"] == "validation"}
-        save_sidecars(model, run.folder, "b", _index_entry(run, settings, {"validation": last}), STORED)
+        checkpoints.save_sidecars(model, run.folder, "b", _index_entry(run, settings, {"validation": last}), STORED)
     finally:
         detach_mamba_sidecars(model)
     return rows
@@ -244,12 +237,12 @@ def train_learned_gate(
         return _means([measure(ids, _generator(settings.seed, 4, number)) for number, ids in enumerate(batches)])
 
     try:
-        start = sidecars_sha256(run.folder, stage, layers)
+        start = checkpoints.sidecars_sha256(run.folder, stage, layers)
         what = {"stage": f"gate on {stage}", "share": share, "start": start}
         checkpoint = _checkpoint(run, "learned_gate", layers, settings, what)
         modules = {str(layer): module for layer, module in gates.items()}
         rows = _optimise(run, "gate", modules, loss_of, validate, settings, checkpoint, "learned gate")
-        save_learned_gates(model, run.folder)
+        checkpoints.save_learned_gates(model, run.folder)
     finally:
         detach_mamba_sidecars(model)
     return rows
@@ -298,7 +291,7 @@ def _checkpoint(
     data = hashlib.sha256()
     for array in (run.train, run.validation):
         data.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
-    common = {"base": base_fingerprint(run.model), "settings": asdict(settings), "layers": layers}
+    common = {"base": checkpoints.base_fingerprint(run.model), "settings": asdict(settings), "layers": layers}
     return TrainingCheckpoint(Path(run.checkpoints) / f"{name}.pt", common | {"data": data.hexdigest()} | what)
 
 
@@ -319,9 +312,7 @@ def _optimise(
     part: which part of the stage's checkpoint this is.
     """
     optimiser = _adamw(modules, settings)
-    rows: list[dict] = []
-    sums: dict[tuple, list[float]] = {}
-    start = 0
+    rows, sums, start = [], {}, 0
     state = checkpoint.parts.get(part)
     if state is not None:
         for name, module in modules.items():
@@ -348,7 +339,7 @@ def _optimise(
         loss, values = loss_of(_batch(_rows_of_step(run.train, settings, step), run.model), step)
         if not torch.isfinite(loss):
             raise ValueError(f"the loss of stage {stage} is {loss.item()} at step {step}; try a smaller learning rate")
-        _step(optimiser, modules, loss, settings, step)
+        _step(optimiser, modules, loss, settings.rate(step), settings.clip_norm)
         for key, value in values.items():
             pair = sums.setdefault(key, [0.0, 0])
             pair[0] += float(value.detach())
@@ -379,27 +370,20 @@ def _adamw(modules: dict[str, nn.Module], settings: DistillSettings) -> torch.op
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
 
 
-def _step(
-    optimiser: torch.optim.Optimizer,
-    modules: dict[str, nn.Module],
-    loss: torch.Tensor,
-    settings: DistillSettings,
-    step: int,
-) -> None:
-    """One step of the optimiser, at this step's learning rate, each module's gradient clipped on its own."""
+def _step(optimiser, modules: dict[str, nn.Module], loss: torch.Tensor, rate: float, clip_norm: float) -> None:
+    """One step of the optimiser at a learning rate, each module's gradient clipped on its own."""
     for group in optimiser.param_groups:
-        group["lr"] = settings.rate(step)
+        group["lr"] = rate
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     for module in modules.values():
-        nn.utils.clip_grad_norm_(module.parameters(), settings.clip_norm)
+        nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
     optimiser.step()
 
 
 def _rows_of_step(train: np.ndarray, settings: DistillSettings, step: int) -> np.ndarray:
     """Windows [B, T] of a step: the pool in a new order every time it is used up."""
-    first = step * settings.batch_size
-    picks = []
+    picks, first = [], step * settings.batch_size
     for position in range(first, first + settings.batch_size):
         epoch, index = divmod(position, len(train))
         picks.append(np.random.default_rng([settings.seed, epoch]).permutation(len(train))[index])

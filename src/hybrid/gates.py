@@ -85,8 +85,8 @@ class RoutingGate:
         _check_scored(self)
         if self.signal == "self":
             raise ValueError(
-                "signal 'self' (layer l's true router activations) exists only after layer l's attention has run: "
-                "use it in an offline mask (MaskGate), or choose previous or lookahead"
+                "signal 'self', layer l's true router activations, exists only after its attention has run: use it in "
+                "an offline mask (MaskGate), or choose previous or lookahead"
             )
         if self.signal not in SIGNALS:
             raise ValueError(f"unknown gate signal {self.signal!r}; choose one of {', '.join(SIGNALS)}")
@@ -99,13 +99,11 @@ class ActivationGate:
     """The sparser a token's feed-forward layer, the more Mamba: for dense gated MLPs, which have no router.
 
     The score is layer l - 1's FFN activation sparsity: the fraction of its neurons with |h| < cutoff, where
-    h = act_fn(gate_proj(x)) * up_proj(x) (`activation_sparsity`). There is no lookahead.
+    h = act_fn(gate_proj(x)) * up_proj(x) (`activation_sparsity`). Other fields as in `RoutingGate`.
 
     quantile: mean sparsity that the cutoffs give on calibration text. At the median, 0.5, a score has equal room both
         ways, and how far the tails reach (tiny or huge activations) does not matter.
-    cutoffs: layer whose neurons are counted -> cutoff, > 0. From `calibrate_gates`, or an earlier gate's; a gate
-        without them cannot be set.
-    Other fields as in `RoutingGate`; without distributions its threshold is the quantile.
+    cutoffs: layer whose neurons are counted -> cutoff, > 0, from `calibrate_gates`; a gate without them cannot be set.
     """
 
     alpha: float = 0.5

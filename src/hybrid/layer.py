@@ -60,8 +60,7 @@ class SidecarAttachment:
         """Say which document, and which part of it, each row of the coming batch holds (`score_documents` calls this).
 
         In force until told otherwise, for every uncached or first forward whose rows have just these lengths, and for
-        what continues its cache; other forwards (a prompt, say) take every row as a document of its own, key 0, from
-        position 0.
+        what continues its cache. Rows of other forwards (a prompt, say) are documents of key 0, from position 0.
         """
         self._told = list(windows)
 
@@ -246,7 +245,7 @@ class GatedHybridLayer(nn.Module):
             return self.attention(hidden_states=hidden_states, **kwargs)
         share = self.attachment.share(self.layer_idx, hidden_states)
         constant = not torch.is_tensor(share)
-        use_attention, use_mamba = not (constant and share == 1.0), not (constant and share == 0.0)
+        use_attention, use_mamba = not constant or share != 1.0, not constant or share != 0.0
         if past_key_values is not None:
             entry = hybrid_cache_layer(past_key_values, self.layer_idx)
             self._check_cache(entry, use_attention, use_mamba)
@@ -264,11 +263,13 @@ class GatedHybridLayer(nn.Module):
         return output, weights
 
     def _check_cache(self, entry: HybridCacheLayer, use_attention: bool, use_mamba: bool) -> None:
-        past, attended = self.attachment.state.past, entry.attention_tokens()
-        for path, used, seen in (
-            ("attention", use_attention, attended), ("the sidecar", use_mamba, entry.mamba_tokens),
-        ):  # fmt: skip
-            if used and seen != past:
+        past, held = self.attachment.state.past, {}
+        if use_attention:
+            held["attention"] = entry.attention_tokens()
+        if use_mamba:
+            held["the sidecar"] = entry.mamba_tokens
+        for path, seen in held.items():
+            if seen != past:
                 raise ValueError(
                     f"the cache holds {past} tokens, of which {path} of layer {self.layer_idx} has seen {seen} "
                     "(was alpha 0 or 1 meanwhile?); start a new cache when the gate changes"
@@ -310,7 +311,7 @@ def set_all_alphas(model: nn.Module, alpha: float) -> None:
 def record_gates(model: nn.Module) -> Iterator[GateRecord]:
     """Record what the gates do in the forward passes inside; for more than sums, tell documents by `on_batch`."""
     attachment = attachment_of(model)
-    before, attachment.record = attachment.record, GateRecord(attachment.gate)
+    before, attachment.record = attachment.record, GateRecord()
     try:
         yield attachment.record
     finally:
