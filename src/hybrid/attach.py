@@ -62,7 +62,7 @@ def attach_mamba_sidecar(
         if sidecar_dir is not None:
             load_sidecars(model, sidecar_dir, stage)
     except BaseException:
-        _restore(attachment)
+        attachment.detach()
         raise
     return model
 
@@ -72,12 +72,5 @@ def detach_mamba_sidecars(model: nn.Module) -> nn.Module:
 
     Raises ValueError when no sidecars are attached.
     """
-    _restore(attachment_of(model))
+    attachment_of(model).detach()
     return model
-
-
-def _restore(attachment: SidecarAttachment) -> None:
-    for layer in decoder_layers(attachment.model):
-        if isinstance(layer.self_attn, GatedHybridLayer):
-            layer.self_attn = layer.self_attn.attention
-    attachment.remove_hooks()

@@ -67,8 +67,7 @@ def hybrid_cache_layer(cache: Cache, layer: int) -> HybridCacheLayer:
     if isinstance(entry, HybridCacheLayer):
         return entry
     if type(entry) not in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
-        kind = type(entry).__name__
-        raise ValueError(f"sidecars work with a DynamicCache of full attention; layer {layer} has a {kind}")
+        raise ValueError(f"sidecars need a DynamicCache of full attention; layer {layer} has a {type(entry).__name__}")
     if entry.get_seq_length():
         raise ValueError(f"the cache holds tokens that layer {layer}'s sidecar has not seen; start a new cache")
     cache.layers[layer] = HybridCacheLayer()

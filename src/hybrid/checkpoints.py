@@ -58,11 +58,7 @@ def save_sidecar(
 
 
 def save_sidecars(
-    model: nn.Module,
-    folder: str | Path,
-    stage: str,
-    training: dict | None = None,
-    matrix_dtype: torch.dtype | None = None,
+    model: nn.Module, folder: str | Path, stage: str, training: dict, matrix_dtype: torch.dtype | None = None
 ) -> list[Path]:
     """Write all attached sidecars of a stage and their entry in `sidecars.json`; returns the paths written."""
     attachment = attachment_of(model)
@@ -70,7 +66,7 @@ def save_sidecars(
         save_sidecar(folder, stage, index, hybrid.sidecar, matrix_dtype)
         for index, hybrid in zip(attachment.layers, attachment.hybrid_layers(), strict=True)
     ]
-    return [*paths, update_index(folder, model, attachment.settings, stage, attachment.layers, training or {})]
+    return [*paths, update_index(folder, model, attachment.settings, stage, attachment.layers, training)]
 
 
 def sidecars_sha256(folder: str | Path, stage: str, layers: Sequence[int]) -> str:
@@ -137,8 +133,7 @@ def check_base(model: nn.Module, folder: str | Path) -> None:
     """Raise UserError, with the command to run, unless the folder's sidecars were made for this very base model."""
     if read_index(folder)["base"]["fingerprint"] != base_fingerprint(model):
         raise UserError(
-            f"the sidecars in {folder} were distilled from another checkpoint than the loaded model; to make them anew",
-            RETRAIN,
+            f"the sidecars in {folder} are of another checkpoint than the model; to make them anew", RETRAIN
         )
 
 

@@ -292,7 +292,7 @@ def _checkpoint(
     for array in (run.train, run.validation):
         data.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
     common = {"base": checkpoints.base_fingerprint(run.model), "settings": asdict(settings), "layers": layers}
-    return TrainingCheckpoint(Path(run.checkpoints) / f"{name}.pt", common | {"data": data.hexdigest()} | what)
+    return TrainingCheckpoint(run.checkpoints / f"{name}.pt", common | {"data": data.hexdigest()} | what)
 
 
 def _optimise(
@@ -323,7 +323,7 @@ def _optimise(
             optimiser.load_state_dict(state["optimiser"])
 
     def log(step, split, values):
-        tokens, rate = _tokens(run, settings, step), settings.rate(max(step - 1, 0))
+        tokens, rate = step * settings.batch_size * run.train.shape[1], settings.rate(max(step - 1, 0))
         for (quantity, layer), value in values.items():
             head = {"stage": stage, "quantity": quantity, "layer": layer, "step": step, "tokens": tokens}
             rows.append(head | {"split": split, "value": value, "learning_rate": rate})
@@ -443,12 +443,9 @@ def _detached(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
 
-def _tokens(run: Distillation, settings: DistillSettings, steps: int) -> int:
-    return steps * settings.batch_size * run.train.shape[1]
-
-
 def _index_entry(run: Distillation, settings: DistillSettings, validation: dict) -> dict:
     """What `sidecars.json` says of a stage: the settings that change the weights, the last validation, the tokens."""
     hidden = ("validate_every", "checkpoint_every")
     public = {name: value for name, value in asdict(settings).items() if name not in hidden}
-    return {"settings": public} | validation | {"tokens": _tokens(run, settings, settings.steps)}
+    tokens = settings.steps * settings.batch_size * run.train.shape[1]
+    return {"settings": public} | validation | {"tokens": tokens}

@@ -263,7 +263,7 @@ def mamba_share(gate: Gate, layer: int, inputs: GateInputs) -> torch.Tensor | fl
     if isinstance(gate, FixedGate) or alpha in (0.0, 1.0):
         return alpha
     if isinstance(gate, RandomGate):
-        return (_uniform(gate.seed, layer, inputs) < alpha).float()
+        return (hash_uniform(gate.seed, layer, inputs.document_keys, inputs.positions) < alpha).float()
     sign = -1.0 if gate.invert else 1.0
     scores, threshold = sign * inputs.scores, sign * gate.threshold
     distribution = _layer_distribution(gate, layer)
@@ -274,7 +274,7 @@ def mamba_share(gate: Gate, layer: int, inputs: GateInputs) -> torch.Tensor | fl
             return above.float()
         tied = (scores - threshold).abs() <= SCORE_TOLERANCE
         if tie_probability < 1.0:
-            tied = tied & (_uniform(gate.seed, layer, inputs) < tie_probability)
+            tied = tied & (hash_uniform(gate.seed, layer, inputs.document_keys, inputs.positions) < tie_probability)
         return (above | tied).float()
     if distribution is None:
         centre = threshold - gate.temperature * math.log(alpha / (1.0 - alpha))
@@ -327,8 +327,7 @@ def sparsity(router_activations: torch.Tensor) -> torch.Tensor:
 def activation_sparsity(activations: torch.Tensor, cutoff: float) -> torch.Tensor:
     """Fraction of neurons with |h| < cutoff: activations h [.., I] of I neurons -> [..] float32."""
     # float32 first: a tiny cutoff (exact zeros only) would be 0 in float16
-    below = (activations.float().abs() < cutoff).sum(dim=-1)
-    return below.float() / activations.shape[-1]
+    return (activations.float().abs() < cutoff).sum(dim=-1).float() / activations.shape[-1]
 
 
 def document_key(document_id: str) -> int:
@@ -396,14 +395,9 @@ def _negated(distribution: ScoreDistribution) -> ScoreDistribution:
     return ScoreDistribution(-distribution.values[::-1], distribution.counts[::-1])
 
 
-def _uniform(seed: int, layer: int, inputs: GateInputs) -> torch.Tensor:
-    return hash_uniform(seed, layer, inputs.document_keys, inputs.positions)
-
-
 def _signed(value: int) -> int:
     """`value` modulo 2^64 as a signed int64."""
-    value &= 0xFFFFFFFFFFFFFFFF
-    return value - (1 << 64) if value >= 1 << 63 else value
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _logical_shift(x: torch.Tensor, bits: int) -> torch.Tensor:

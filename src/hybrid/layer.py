@@ -120,8 +120,11 @@ class SidecarAttachment:
             self.record.add(layer, share, scores, state)
         return share
 
-    def remove_hooks(self) -> None:
-        """Take every hook off the model."""
+    def detach(self) -> None:
+        """Give every layer its own attention back and take every hook off the model."""
+        for layer in decoder_layers(self.model):
+            if isinstance(layer.self_attn, GatedHybridLayer):
+                layer.self_attn = layer.self_attn.attention
         for hook in (self._model_hook, *self._signal_hooks):
             hook.remove()
 

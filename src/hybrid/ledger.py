@@ -26,19 +26,16 @@ def active_experts(
     layers = len(decoder_layers(model))
     if not has_router(model):
         return [1.0] * layers
-    rows: list[WindowRef] = []
+    batches: list[list[WindowRef]] = []
     active, seen = np.zeros(layers), np.zeros(layers)
 
-    def on_batch(batch: list[WindowRef]) -> None:
-        rows[:] = batch
-
     def on_layer(layer: int, activations: torch.Tensor) -> None:  # [B, T, E]
-        for row, window in enumerate(rows):
+        for row, window in enumerate(batches[-1]):
             active[layer] += float((activations[row, : window.length] != 0).sum()) / activations.shape[-1]
             seen[layer] += window.length
 
     with RoutingExtractor(model, on_layer=on_layer):
-        eval_utils.score_documents(model, documents, max_seq_len, max_seq_len, batch_size, on_batch=on_batch)
+        eval_utils.score_documents(model, documents, max_seq_len, max_seq_len, batch_size, on_batch=batches.append)
     return (active / seen).tolist()
 
 

@@ -50,9 +50,8 @@ def kl_from_teacher(model: nn.Module, ids: torch.Tensor, bf16: bool) -> torch.Te
         student = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
     total = 0.0
     piece = max(KL_PIECE // teacher.shape[-1], 1)
-    for first in range(0, len(teacher), piece):
-        target = F.log_softmax(teacher[first : first + piece].float(), dim=-1)
-        given = F.log_softmax(student[first : first + piece].float(), dim=-1)
+    for pair in zip(teacher.split(piece), student.split(piece), strict=True):
+        target, given = (F.log_softmax(logits.float(), dim=-1) for logits in pair)
         total = total + F.kl_div(given, target, reduction="sum", log_target=True)
     return total / len(teacher)
 

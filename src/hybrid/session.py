@@ -29,8 +29,7 @@ class Session:
 
     arguments: the command line, as `cli.parse` gives it. folder: where this model's results go. texts, tokens: the
     documents of each split, and their tokens. windows: max_seq_len, stride and batch_size of `score_documents`.
-    pieces: what earlier runs measured with this model. identity, data: which model and which text these are. started:
-    seconds since the epoch.
+    pieces: what earlier runs measured. identity, data: which model and which text these are. started: epoch seconds.
     """
 
     arguments: argparse.Namespace
@@ -130,9 +129,7 @@ class Session:
 
     def say_reused(self) -> None:
         """Say which pieces were taken from an earlier run, and which were computed again and why."""
-        report = self.pieces.report()
-        if report:
-            print(report)
+        print(self.pieces.report())
 
     def scored_tokens(self, split: str = "evaluation") -> int:
         """Tokens of a split that are scored: all but the first of each document."""
@@ -202,9 +199,8 @@ def cached_reference(model: nn.Module, limit_gb: float) -> Reference:
         if key in kept:
             return kept[key].to(input_ids.device)
         logits = base_logits(model, input_ids, attention_mask)
-        size = logits.numel() * logits.element_size()
-        if size <= room:
-            room -= size
+        if logits.nbytes <= room:
+            room -= logits.nbytes
             kept[key] = logits.cpu()
         return logits
 
