@@ -25,8 +25,6 @@ from src.figures.hybrid import plot_token_text
 GOOD_RHO = 0.6  # rank agreement with interventions from which an estimate is taken as good
 # gates at equal share, in the order of the ladder
 LADDER = tuple(name for name, (_, group) in style.GATES.items() if group in style.LADDER_GROUPS)
-VERSUS_RANDOM = ("vs_random", "vs_random_ci_low", "vs_random_ci_high")
-COST = ("delta_nll", "ci_low", "ci_high")
 # ablation -> label, in the order of figures
 ABLATIONS = {
     "init": "sidecar's initialisation",
@@ -85,8 +83,7 @@ def plot_ladder(gated):
     """
     rows = _ranked(gated)
     shares = [share for share, part in rows.groupby("share") if len(part) > 1]
-    if not shares:
-        raise style.NothingToDraw("no share has both a control and a gate")
+    style.needs(shares, "no share has both a control and a gate")
     rows = rows[rows["share"].isin(shares)]
     names = list(dict.fromkeys(rows["name"]))
     figure, panels = style.new_figure(max(8.0, 3.2 + 3.3 * len(shares)), 2.0 + 0.3 * len(names), 1, len(shares))
@@ -95,7 +92,7 @@ def plot_ladder(gated):
         for name, one in part.groupby("name"):
             offline = bool(one["uses_document"].iloc[0])
             look = (style.gate_colour(name), "D" if offline else "o", not offline)
-            style.dots(axes, one, [names.index(name)], COST, *look)
+            style.dots(axes, one, [names.index(name)], style.COST, *look)
         for _, row in part[part["p_holm"] < style.SIGNIFICANT].iterrows():
             place = (row["ci_high"], names.index(row["name"]))
             axes.annotate("*", place, (4, -4), textcoords="offset points", fontsize=11)
@@ -105,7 +102,7 @@ def plot_ladder(gated):
         for place, (one, other) in enumerate(itertools.pairwise(names)):
             if style.GATES[one][1] != style.GATES[other][1]:
                 axes.axhline(place + 0.5, color="0.88", lw=0.8, zorder=0)
-        style.fit(axes, part, *COST)
+        style.fit(axes, part, *style.COST)
         style.name_rows(axes, [style.gate_label(name) for name in names], axes is figure.axes[0])
         axes.set_xlabel(style.DELTA_NLL)
         axes.set_title(f"{100 * share:g} % of tokens on Mamba", fontsize=10)
@@ -126,8 +123,7 @@ def plot_controls(pairs, answer=None, share=0.5):
     answer = answer or {}
     controls = [name for name in LADDER if style.GATES[name][1] in style.CONTROL_GROUPS]
     rows = pairs[(pairs["share"] == share) & pairs["recipe"].isin(controls)]
-    if rows.empty:
-        raise style.NothingToDraw(f"no gate and its controls were run at share {share:g}")
+    style.needs(len(rows), f"no gate and its controls were run at share {share:g}")
     rows = rows.sort_values("recipe", key=lambda recipes: recipes.map(controls.index), kind="stable")
     figure, axes = style.new_figure(8.5, 2.2 + 0.32 * len(rows))
     margin, more = answer.get("margin") or 0, []
@@ -157,19 +153,18 @@ def plot_domains(domains):
     """Routing minus random, and the share that routing realised, by domain and share. `domains`: ..._domains.csv."""
     rows = _ranked(domains)
     rows = rows[rows["name"].isin(["routing hard", "ffn_sparsity hard"])]
-    if rows.empty:
-        raise style.NothingToDraw("no hard gate was scored by domain")
+    style.needs(len(rows), "no hard gate was scored by domain")
     names, shares = list(dict.fromkeys(rows["domain"])), sorted(set(rows["share"]))
     figure, (left, right) = style.new_figure(10.5, 1.9 + 0.22 * len(names) * (len(shares) + 0.6), 1, 2)
     for number, share in enumerate(shares):
         part = rows[rows["share"] == share]
         places = [names.index(name) + style.aside(number, len(shares)) for name in part["domain"]]
         colour, marker = style.series(number)
-        style.dots(left, part, places, VERSUS_RANDOM, colour, marker, label=f"share {share:g}")
+        style.dots(left, part, places, style.VERSUS_RANDOM, colour, marker, label=f"share {share:g}")
         right.axvline(share, color=colour, ls="--", lw=1.2)
         right.scatter(part["share_realised"], places, s=36, zorder=3, color=colour, marker=marker)
     left.axvline(0, color="black", lw=1)
-    style.fit(left, rows, *VERSUS_RANDOM)
+    style.fit(left, rows, *style.VERSUS_RANDOM)
     right.set_xlim(0, 1)
     counts = rows.groupby("domain")["documents"].max()
     for axes in (left, right):
@@ -189,18 +184,17 @@ def plot_layer_sets(layer_sets, share=0.5):
     """
     rows = pd.concat([_ranked(part) for _, part in layer_sets.groupby("layers", sort=False)])
     rows = rows[rows["share"] == share]
-    if rows.empty:
-        raise style.NothingToDraw(f"no layer set was run at share {share:g}")
+    style.needs(len(rows), f"no layer set was run at share {share:g}")
     names, gates = list(dict.fromkeys(rows["layers"])), sorted(set(rows["name"]), key=LADDER.index)
     figure, (left, right) = style.new_figure(11.5, 2.1 + 0.2 * len(names) * (len(gates) + 0.6), 1, 2)
     for number, (gate, (*look, _)) in enumerate(style.looks(gates).items()):
         part = rows[rows["name"] == gate]
         places = np.array([names.index(name) for name in part["layers"]]) + style.aside(number, len(gates), 0.7)
         filled = not part["uses_document"].iloc[0]
-        style.dots(left, part, places, COST, *look, filled, style.gate_label(gate))
-        style.dots(right, part, places, VERSUS_RANDOM, *look, filled)
-    style.fit(left, rows, *COST)
-    style.fit(right, rows, *VERSUS_RANDOM)
+        style.dots(left, part, places, style.COST, *look, filled, style.gate_label(gate))
+        style.dots(right, part, places, style.VERSUS_RANDOM, *look, filled)
+    style.fit(left, rows, *style.COST)
+    style.fit(right, rows, *style.VERSUS_RANDOM)
     for axes in (left, right):
         axes.axvline(0, color="black", lw=1)
         style.name_rows(axes, [style.words(name) for name in names], axes is left)
@@ -221,8 +215,7 @@ def plot_layer_sets(layer_sets, share=0.5):
 # -- sensitivity
 def plot_validation(validation):
     """Rank correlation of each estimate with interventions, by layer. `validation`: sensitivity_validation.csv."""
-    if validation.empty:
-        raise style.NothingToDraw("no cell was switched by itself")
+    style.needs(len(validation), "no cell was switched by itself")
     layers = ["all", *sorted((layer for layer in set(validation["layer"]) if layer != "all"), key=int)]
     estimators = list(dict.fromkeys(validation["estimator"]))
     figure, axes = style.new_figure(max(6.5, 2.5 + 0.55 * len(layers)), 4.2)
@@ -258,8 +251,7 @@ def plot_correlations(correlations):
     `correlations`: sensitivity_correlations.csv. Filled marks, and names with a bullet: signals of deployable gates.
     """
     every = correlations[correlations["layer"] == "all"].sort_values("partial_rho", kind="stable")
-    if every.empty:
-        raise style.NothingToDraw("no signal was correlated with sensitivity")
+    style.needs(len(every), "no signal was correlated with sensitivity")
     signals = list(every["signal"])
     rest = correlations[correlations["layer"] != "all"]
     rest = rest.assign(layer=rest["layer"].astype(int))
@@ -328,8 +320,7 @@ def plot_sensitivity_map(document, start=0, tokens=64):
     """
     cut = slice(start, start + tokens)
     names, layers = document["tokens"][cut], document["layers"]
-    if not names:
-        raise style.NothingToDraw(f"the document has {len(document['tokens'])} tokens; there is none from {start} on")
+    style.needs(names, f"the document has {len(document['tokens'])} tokens; there is none from {start} on")
     values = _positive(document["sensitivity"])
     low, high = np.quantile(values, [0.02, 0.98])  # of the whole document, so that excerpts compare
     # 0 both paths agree on attention, 1 only routing chooses Mamba, 2 only the oracle, 3 both
@@ -401,8 +392,7 @@ def plot_probe_gap(probe_gap):
 
     `probe_gap`: probe_gap.csv.
     """
-    if probe_gap.empty:
-        raise style.NothingToDraw("no probe was trained")
+    style.needs(len(probe_gap), "no probe was trained")
     names, shares = list(dict.fromkeys(probe_gap["probe"])), sorted(set(probe_gap["share"]))
     figure, (left, right) = style.new_figure(
         11.5, 2.0 + 0.2 * len(names) * (len(shares) + 0.6), 1, 2, width_ratios=[1.6, 1]
@@ -441,8 +431,7 @@ def plot_recall(recall, share=0.5):
     rows.loc[mamba_only, "name"] = "Mamba only"
     rows = rows[(rows["name"] == "baseline") | mamba_only | (rows["share"] == share)]
     names = [name for name in dict.fromkeys(rows["name"]) if name != "baseline"]
-    if not set(names) - {"Mamba only"}:
-        raise style.NothingToDraw(f"no gate was run at share {share:g}")
+    style.needs(set(names) - {"Mamba only"}, f"no gate was run at share {share:g}")
     tasks = list(dict.fromkeys(rows["task"]))
     figure, panels = style.panels_for(len(tasks), 2, 4.8, 3.1, (2.0, 0.9 + 0.08 * len(names)))
     for task, axes in zip(tasks, panels, strict=True):
@@ -495,8 +484,7 @@ def _plot_variants(ablations, names, columns, title):
     """A panel per column, a row per variant under its ablation's name, and where there are shares a mark for each."""
     rows = ablations[ablations["ablation"].isin(names)]
     shown = [name for name in columns if name in rows and rows[name].notna().any()]
-    if not shown:
-        raise style.NothingToDraw(f"none of these was run: {', '.join(names)}")
+    style.needs(shown, f"none of these was run: {', '.join(names)}")
     rows = rows.sort_values("ablation", key=lambda column: column.map(list(ABLATIONS).index), kind="stable")
     shares = rows["share"] if "share" in rows else pd.Series(math.nan, rows.index)
     kept = sorted(shares.dropna().unique()) or [math.nan]
@@ -547,8 +535,7 @@ def plot_distillation(curves):
 
     `curves`: distillation_curves.csv.
     """
-    if curves.empty:
-        raise style.NothingToDraw("no training was recorded")
+    style.needs(len(curves), "no training was recorded")
     parts = list(curves.groupby(["ablation", "stage", "quantity"], sort=False))
     figure, panels = style.panels_for(len(parts), 3, 4.3, 3.2)
     for ((ablation, stage, quantity), part), axes in zip(parts, panels, strict=True):

@@ -9,8 +9,7 @@ import textwrap
 import numpy as np
 import pandas as pd
 
-from src.figures.panels import counted, interval_texts, needs_tokens, number_text, pairs_of, percent_texts
-from src.figures.style import NothingToDraw
+from src.figures.style import counted, interval_texts, needs, number_text, number_texts, pairs_of
 
 
 def _short_path(path, most=14):
@@ -49,17 +48,17 @@ def token_table(routing, order="count", most=20):
     Raises:
         NothingToDraw: the records have no tokens.
     """
-    needs_tokens(routing)
+    needs(len(routing), "the records name no tokens")
     table = routing.sort_values(order, ascending=False, kind="stable").head(most)
     return pd.DataFrame(
         {
             "token": [repr(token) for token in table["token"]],
             "occurrences": table["count"].to_numpy(),
-            "agreement (%)": percent_texts(table["agreement"]),
+            "agreement (%)": number_texts(100 * table["agreement"]),
             "different paths": table["paths"].to_numpy(),
-            "on the commonest (%)": [number_text(value) for value in table["common_path_percent"]],
+            "on the commonest (%)": number_texts(table["common_path_percent"]),
             "nearest token": [repr(token) for token in table["nearest"]],
-            "agreement with it (%)": percent_texts(table["nearest_agreement"]),
+            "agreement with it (%)": number_texts(100 * table["nearest_agreement"]),
         }
     )
 
@@ -71,9 +70,9 @@ def domain_table(summary):
             "domain": summary["domain"],
             "problems": summary["problems"],
             "tokens": [f"{tokens:,}" for tokens in summary["tokens"]],
-            "mean probability of the strongest": [number_text(value, "{:.3f}") for value in summary["mean_confidence"]],
-            "confident decisions (%)": [number_text(value) for value in summary["high_confidence_percent"]],
-            "different experts per token": [number_text(value, "{:.2f}") for value in summary["unique_experts"]],
+            "mean probability of the strongest": number_texts(summary["mean_confidence"], "{:.3f}"),
+            "confident decisions (%)": number_texts(summary["high_confidence_percent"]),
+            "different experts per token": number_texts(summary["unique_experts"], "{:.2f}"),
         }
     )
 
@@ -84,8 +83,7 @@ def specific_expert_table(difference, most=10):
     Raises NothingToDraw for one data set, or where no expert is specific to one."""
     pairs_of(difference)
     marked = difference[difference["prefers"] != ""]
-    if marked.empty:
-        raise NothingToDraw("no expert's usage differs by more than --domain-percent of scripts/journeys/02_analyze.py")
+    needs(len(marked), "no expert's usage differs by more than --domain-percent of scripts/journeys/02_analyze.py")
     marked = marked.assign(size=marked["difference"].abs()).sort_values("size", ascending=False, kind="stable")
     marked = marked.groupby(["domain_a", "domain_b", "prefers"], sort=False).head(most)
     table = marked.sort_values(["domain_a", "domain_b", "prefers", "size"], ascending=[True, True, True, False])
@@ -103,17 +101,16 @@ def specific_expert_table(difference, most=10):
 
 def hop_table(hops, shown=(1, 2, 3, 5, 10, 15, 20, 25, 31)):
     """hop_accuracy.csv for display, at some hops and the last. Raises NothingToDraw for one layer."""
-    if not len(hops):
-        raise NothingToDraw("one layer only: there is no layer ahead")
+    needs(len(hops), "one layer only: there is no layer ahead")
     table = hops[hops["hop"].isin([*shown, hops["hop"].max()])]
     return pd.DataFrame(
         {
-            "in-sample (%)": [number_text(value) for value in table["accuracy"]],
-            "majority, in-sample (%)": [number_text(value) for value in table["majority"]],
-            "held out (%)": [number_text(value) for value in table["held_out_accuracy"]],
+            "in-sample (%)": number_texts(table["accuracy"]),
+            "majority, in-sample (%)": number_texts(table["majority"]),
+            "held out (%)": number_texts(table["held_out_accuracy"]),
             "95 % interval": interval_texts(table["ci_low"], table["ci_high"]),
-            "majority, held out (%)": [number_text(value) for value in table["held_out_majority"]],
-            "random (%)": [number_text(value) for value in table["random"]],
+            "majority, held out (%)": number_texts(table["held_out_majority"]),
+            "random (%)": number_texts(table["random"]),
         },
         index=pd.Index(table["hop"], name="layers ahead"),
     )
@@ -130,8 +127,7 @@ def transition_table(findings):
 
     Raises NothingToDraw for one layer."""
     best = findings["most_predictable"]
-    if best is None:
-        raise NothingToDraw("one layer only: there are no transitions")
+    needs(best, "one layer only: there are no transitions")
     matrix = np.array(best["transitions"], dtype=float)
     source, target = (
         [f"layer {best[key]}, expert {expert}" for expert in range(len(matrix))]
@@ -145,8 +141,7 @@ def strong_transition_table(strong, most=20):
     """The likeliest transitions between neighbouring layers. `strong`: strong_transitions.csv.
 
     Raises NothingToDraw where none is likely enough."""
-    if strong.empty:
-        raise NothingToDraw("no transition is likelier than --strong-percent of scripts/journeys/02_analyze.py")
+    needs(len(strong), "no transition is likelier than --strong-percent of scripts/journeys/02_analyze.py")
     table = strong.sort_values(["percent", "count"], ascending=False, kind="stable").head(most)
     return pd.DataFrame(
         {
@@ -163,16 +158,17 @@ def correlation_table(findings, correlation):
 
     `findings`, `correlation`: findings.json, correlation.npz. Raises NothingToDraw for fewer than three layers."""
     rows = findings["strongest_id_correlations"]
-    if not rows:
-        raise NothingToDraw("there are no layers two apart, or none that uses two experts")
+    needs(rows, "there are no layers two apart, or none that uses two experts")
     place = {int(layer): index for index, layer in enumerate(correlation["layers"])}
     cells = [(place[row["layer_a"]], place[row["layer_b"]]) for row in rows]
     return pd.DataFrame(
         {
             "layers": [f"{row['layer_a']} and {row['layer_b']}" for row in rows],
             "r of ids": [f"{row['r']:+.3f}" for row in rows],
-            "r, renumbered": [number_text(correlation["id_correlation_relabelled"][cell], "{:+.3f}") for cell in cells],
-            "Cramér's V": [number_text(correlation["cramers_v"][cell], "{:.3f}") for cell in cells],
+            "r, renumbered": number_texts(
+                [correlation["id_correlation_relabelled"][cell] for cell in cells], "{:+.3f}"
+            ),
+            "Cramér's V": number_texts([correlation["cramers_v"][cell] for cell in cells], "{:.3f}"),
         }
     )
 

@@ -9,16 +9,7 @@ is complete but has nothing for a figure (one layer, one data set, no token text
 
 import numpy as np
 
-from src.figures.panels import (
-    counted,
-    expert_grid,
-    expert_panels,
-    heatmap,
-    line_colours,
-    named,
-    whole_numbers,
-)
-from src.figures.style import MARKERS, SERIES, NothingToDraw, new_figure, plain
+from src.figures import style
 
 
 # -- dashboard
@@ -50,15 +41,15 @@ def plot_journey(examples, domain, number=0):
         values[experts[layer, slot], layer] = gates[layer, slot] if recorded else 1.0
     strongest = gates[:, 0][np.isfinite(gates[:, 0])]
     confidence = f"mean probability of the strongest {strongest.mean():.2f}" if recorded else "no gate probabilities"
-    text = f", token '{plain(examples['token'][row], 30)}'" if examples["token"][row] else ""
+    text = f", token '{style.plain(examples['token'][row], 30)}'" if examples["token"][row] else ""
     used = experts[experts[:, 0] >= 0, 0]
     title = (
-        f"{plain(domain)}, problem {examples['problem_id'][row]}, position {examples['token_idx'][row]}{text}\n"
-        f"{len(np.unique(used))} different strongest experts over {counted(len(layers))}, {confidence}"
+        f"{style.plain(domain)}, problem {examples['problem_id'][row]}, position {examples['token_idx'][row]}{text}\n"
+        f"{len(np.unique(used))} different strongest experts over {style.counted(len(layers))}, {confidence}"
     )
     label = "gate probability (grey: not chosen)" if recorded else "chosen (grey: not chosen)"
     grid = (values, range(rows), layers, title, label, (0.0, 1.0))
-    return expert_panels([grid], ".2f" if recorded else None, least=8.0)[0]
+    return style.expert_panels([grid], ".2f" if recorded else None, least=8.0)[0]
 
 
 def plot_expert_distribution(distribution):
@@ -70,16 +61,16 @@ def plot_expert_distribution(distribution):
         ("percent", "Strongest expert", "share of tokens (%)"),
         ("percent_topk", "All experts chosen", "share of choices (%)"),
     ):
-        values, experts, layers = expert_grid(distribution, column)
+        values, experts, layers = style.expert_grid(distribution, column)
         title = f"{title} (even use: {100 / len(experts):.3g} %)"
         grids.append((values, experts, layers, title, label, (0.0, np.nanmax(values))))
     same = distribution["count"].equals(distribution["count_topk"])
-    return expert_panels(grids[:1] if same else grids)[0]
+    return style.expert_panels(grids[:1] if same else grids)[0]
 
 
 def plot_load_balance(balance):
     """Entropy (of the largest possible), largest over mean load and Gini coefficient by layer. load_balance.csv."""
-    figure, panels = new_figure(13, 3.9, 1, 3)
+    figure, panels = style.new_figure(13, 3.9, 1, 3)
     parts = (
         ("entropy_ratio", "entropy / largest possible entropy", "Entropy (1 = even)", 1.0),
         ("max_over_mean", "largest load / mean load", "Busiest expert (1 = even)", 1.0),
@@ -87,12 +78,14 @@ def plot_load_balance(balance):
     )
     names = {"top1": "strongest expert", "topk": "all experts chosen"}
     for axes, (column, label, title, even) in zip(panels, parts, strict=True):
-        for (choice, name), colour, marker, line in zip(names.items(), SERIES, MARKERS, ("-", "--"), strict=False):
+        for (choice, name), colour, marker, line in zip(
+            names.items(), style.SERIES, style.MARKERS, ("-", "--"), strict=False
+        ):
             rows = balance[balance["choice"] == choice]
             axes.plot(rows["layer"], rows[column], line, color=colour, marker=marker, ms=4, label=name)
         axes.axhline(even, color="black", lw=1)
-        named(axes, "layer", label, title)
-        whole_numbers(axes)
+        style.named(axes, "layer", label, title)
+        style.whole_numbers(axes)
     panels[0].legend(fontsize=8.5)
     return figure
 
@@ -104,14 +97,13 @@ def plot_gate_confidence(confidence, histogram, findings):
     NothingToDraw where no probabilities were recorded.
     """
     overall = confidence[confidence["layer"].astype(str) == "all"].set_index("rank")
-    if not overall["decisions"].sum():
-        raise NothingToDraw("no gate probabilities were recorded")
+    style.needs(overall["decisions"].sum(), "no gate probabilities were recorded")
     layers = confidence[confidence["layer"].astype(str) != "all"].assign(layer=lambda rows: rows["layer"].astype(int))
     threshold = findings["gates"][0]["threshold"]
     ranks = list(overall.index)
-    colours, highest = line_colours(len(ranks)), 0.1
-    figure, (left, middle, right) = new_figure(14, 4.2, 1, 3)
-    for rank, colour, marker in zip(ranks, colours, MARKERS * len(ranks), strict=False):
+    colours, highest = style.line_colours(len(ranks)), 0.1
+    figure, (left, middle, right) = style.new_figure(14, 4.2, 1, 3)
+    for rank, colour, marker in zip(ranks, colours, style.MARKERS * len(ranks), strict=False):
         bins = histogram[(histogram["layer"].astype(str) == "all") & (histogram["rank"] == rank)]
         # two bins of the file in one bar: 50 bars
         share = 100 * bins["count"].to_numpy(float).reshape(-1, 2).sum(axis=1) / max(overall.loc[rank, "decisions"], 1)
@@ -132,13 +124,13 @@ def plot_gate_confidence(confidence, histogram, findings):
     right.bar(first["layer"], first["percent_above"], color=colours[0], width=0.75)
     right.axhline(overall.loc[ranks[0], "percent_above"], color="black", ls="--", lw=1.2, label="all layers together")
     left.set_xlim(0, highest)
-    named(left, "gate probability", "share of decisions (%)", "All layers together (dashed: mean)")
+    style.named(left, "gate probability", "share of decisions (%)", "All layers together (dashed: mean)")
     middle.set_ylim(0, highest)
-    named(middle, "layer", "gate probability", "Mean by layer (band: one standard deviation)")
+    style.named(middle, "layer", "gate probability", "Mean by layer (band: one standard deviation)")
     right.set_ylim(0, min(100, max(5, 1.25 * np.nanmax([*first["percent_above"], 1]))))
-    named(right, "layer", "share of decisions (%)", f"Confident decisions: strongest above {threshold:g}")
+    style.named(right, "layer", "share of decisions (%)", f"Confident decisions: strongest above {threshold:g}")
     for axes in (middle, right):
-        whole_numbers(axes)
+        style.whole_numbers(axes)
         axes.legend(fontsize=8)
     left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
     return figure
@@ -146,8 +138,7 @@ def plot_gate_confidence(confidence, histogram, findings):
 
 # -- layers among each other
 def _needs_layers(layers):
-    if len(layers) < 2:
-        raise NothingToDraw("one layer only: there are no pairs of layers")
+    style.needs(len(layers) > 1, "one layer only: there are no pairs of layers")
 
 
 def plot_transitions(transitions, source_layers=None):
@@ -170,14 +161,16 @@ def plot_transitions(transitions, source_layers=None):
     used = np.stack([transitions["counts"][i, i + 1].sum(axis=-1) > 0 for i in chosen])
     probabilities[~used] = np.nan
     side = min(max(3.0, 1.1 + 0.36 * size), 5.2)
-    figure, axes = new_figure(max(side * len(chosen) + 0.9, 6.4), side + 0.5, 1, len(chosen))
+    figure, axes = style.new_figure(max(side * len(chosen) + 0.9, 6.4), side + 0.5, 1, len(chosen))
     panels = np.atleast_1d(axes)
     limits = (0.0, float(np.nanmax(probabilities)))
     for axes, index, values in zip(panels, chosen, probabilities, strict=True):
         numbers = ".2f" if size <= 10 else None
-        heatmap(axes, values, "", range(size), range(size), limits=limits, numbers=numbers, bar=False, square=True)
+        style.heatmap(
+            axes, values, "", range(size), range(size), limits=limits, numbers=numbers, bar=False, square=True
+        )
         source, target = layers[index], layers[index + 1]
-        named(axes, f"expert at layer {target}", f"expert at layer {source}", f"Layer {source} to {target}")
+        style.named(axes, f"expert at layer {target}", f"expert at layer {source}", f"Layer {source} to {target}")
     figure.colorbar(panels[-1].collections[0], ax=list(panels), label="P(target | source)", shrink=0.85)
     return figure
 
@@ -185,12 +178,12 @@ def plot_transitions(transitions, source_layers=None):
 def _pair_panels(shape, layers, names, parts):
     """Square heat maps layer x layer; names: of x and y; parts: (values [L, L], title, label, limits) of each map."""
     side, beside = (3.2, 1.1) if len(layers) <= 8 else (4.4, 0.75)  # of a map; title, ticks and name above and below
-    figure, axes = new_figure(shape[1] * (side + 1.4), shape[0] * (side + beside), *shape)
+    figure, axes = style.new_figure(shape[1] * (side + 1.4), shape[0] * (side + beside), *shape)
     numbers = ".2f" if len(layers) <= 8 else None
     for panel, (values, title, label, limits) in zip(np.ravel(axes), parts, strict=True):
         values = np.where(np.eye(len(layers), dtype=bool), np.nan, values)
-        heatmap(panel, values, label, layers, layers, limits=limits, numbers=numbers, square=True)
-        named(panel, *names, title)
+        style.heatmap(panel, values, label, layers, layers, limits=limits, numbers=numbers, square=True)
+        style.named(panel, *names, title)
     return figure
 
 
