@@ -297,12 +297,13 @@ def mark(marker, filled, label, colour="black"):
 
 
 def fit(axes, rows, *columns):
-    """Few ticks, and room for 0 and every finite value of the columns: estimates and the ends of their intervals."""
+    """Few ticks, a line at 0 (which is returned), and room for it and all finite values of the columns."""
     axes.xaxis.set_major_locator(MaxNLocator(5))
     ends = np.array([0.0, *rows[list(columns)].to_numpy(float).ravel()])
     ends = ends[np.isfinite(ends)]
     room = 0.08 * max(np.ptp(ends), 1e-9)
     axes.set_xlim(ends.min() - room, ends.max() + room)
+    return axes.axvline(0, color=BLACK, lw=1)
 
 
 def panels_for(count, columns, width, height, base=(1.0, 0.6)):
