@@ -1,7 +1,7 @@
 """Tables of the journey study, and its findings in words, from the files of scripts/journeys/02_analyze.py.
 
-Each `*_table` function takes what `style.read_result` returned and returns a DataFrame for display; `NothingToDraw`
-says why a complete file has nothing for a table (one layer, one data set, no token texts).
+Each `*_table` function takes what `style.read_result` returned and returns a DataFrame for display, or raises
+NothingToDraw: a complete file may have nothing for a table (one layer, one data set, no token texts).
 """
 
 import textwrap
@@ -37,16 +37,10 @@ def path_table(top_paths, most=10):
 
 
 def token_table(routing, order="count", most=20):
-    """Frequent tokens for display: how alike their occurrences are routed, their paths, the nearest token.
+    """At most `most` tokens: how alike their occurrences are routed, their paths, the nearest token. token_routing.csv.
 
-    Args:
-        routing: token_routing.csv.
-        order: the column by which tokens are sorted, the largest first: `count`; `agreement`, those whose occurrences
-            are routed most alike; `nearest_agreement`, those that share routing with another token.
-        most: how many tokens are listed.
-
-    Raises:
-        NothingToDraw: the records have no tokens.
+    order: the column by which tokens are sorted, the largest first: `count`; `agreement`, those whose occurrences are
+    routed most alike; `nearest_agreement`, those that share routing with another token.
     """
     needs(len(routing), "the records name no tokens")
     table = routing.sort_values(order, ascending=False, kind="stable").head(most)
@@ -78,9 +72,7 @@ def domain_table(summary):
 
 
 def specific_expert_table(difference, most=10):
-    """The experts that differ most between two domains, at most `most` for each preference. domain_difference.csv.
-
-    Raises NothingToDraw for one data set, or where no expert is specific to one."""
+    """The experts that differ most between two domains, at most `most` for each preference. domain_difference.csv."""
     pairs_of(difference)
     marked = difference[difference["prefers"] != ""]
     needs(len(marked), "no expert's usage differs by more than --domain-percent of scripts/journeys/02_analyze.py")
@@ -100,7 +92,7 @@ def specific_expert_table(difference, most=10):
 
 
 def hop_table(hops, shown=(1, 2, 3, 5, 10, 15, 20, 25, 31)):
-    """hop_accuracy.csv for display, at some hops and the last. Raises NothingToDraw for one layer."""
+    """hop_accuracy.csv for display, at some hops and the last."""
     needs(len(hops), "one layer only: there is no layer ahead")
     table = hops[hops["hop"].isin([*shown, hops["hop"].max()])]
     return pd.DataFrame(
@@ -123,9 +115,7 @@ def in_words(items, most=24):
 
 
 def transition_table(findings):
-    """P(target expert | source expert) of the most predictable pair of neighbouring layers. findings.json.
-
-    Raises NothingToDraw for one layer."""
+    """P(target expert | source expert) of the most predictable pair of neighbouring layers. findings.json."""
     best = findings["most_predictable"]
     needs(best, "one layer only: there are no transitions")
     matrix = np.array(best["transitions"], dtype=float)
@@ -138,9 +128,7 @@ def transition_table(findings):
 
 
 def strong_transition_table(strong, most=20):
-    """The likeliest transitions between neighbouring layers. `strong`: strong_transitions.csv.
-
-    Raises NothingToDraw where none is likely enough."""
+    """The likeliest transitions between neighbouring layers. `strong`: strong_transitions.csv."""
     needs(len(strong), "no transition is likelier than --strong-percent of scripts/journeys/02_analyze.py")
     table = strong.sort_values(["percent", "count"], ascending=False, kind="stable").head(most)
     return pd.DataFrame(
@@ -156,7 +144,8 @@ def strong_transition_table(strong, most=20):
 def correlation_table(findings, correlation):
     """The strongest correlations of expert ids of layers that are no neighbours, beside what renumbering makes of them.
 
-    `findings`, `correlation`: findings.json, correlation.npz. Raises NothingToDraw for fewer than three layers."""
+    `findings`, `correlation`: findings.json, correlation.npz.
+    """
     rows = findings["strongest_id_correlations"]
     needs(rows, "there are no layers two apart, or none that uses two experts")
     place = {int(layer): index for index, layer in enumerate(correlation["layers"])}

@@ -336,9 +336,10 @@ def legend_of_groups(figure, groups, more=()):
 
 
 # -- heat maps of experts and layers
-def line_colours(count):
-    """`count` colours for lines side by side."""
-    return SERIES[:count] if count <= len(SERIES) else sns.color_palette(SPARSITY_MAP, count)
+def side_by_side(items):
+    """[(item, colour, marker)] for a line of each item."""
+    colours = SERIES if len(items) <= len(SERIES) else sns.color_palette(SPARSITY_MAP, len(items))
+    return [(item, colours[number], MARKERS[number % len(MARKERS)]) for number, item in enumerate(items)]
 
 
 def layer_width(layers, least=7.0):
