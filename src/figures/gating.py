@@ -75,10 +75,7 @@ def _ranked(rows):
 
 # -- gates at equal share
 def plot_ladder(gated):
-    """What each way of choosing the Mamba tokens costs, a panel for each share; dashed: the random control.
-
-    `gated`: of `read_gates`, results.
-    """
+    """What each way of choosing the Mamba tokens costs, a panel for each share. `gated`: of `read_gates`, results."""
     rows = _ranked(gated)
     shares = [share for share, part in rows.groupby("share") if len(part) > 1]
     style.needs(shares, "no share has both a control and a gate")
@@ -379,10 +376,7 @@ def token_html(entry, layer=None):
 
 # -- probes
 def plot_probe_gap(probe_gap):
-    """How much of the way from random to oracle each gate goes, by share; how its score ranks sensitivity.
-
-    `probe_gap`: probe_gap.csv.
-    """
+    """How far from random to oracle each gate goes, and how it ranks tokens. `probe_gap`: probe_gap.csv."""
     style.needs(len(probe_gap), "no probe was trained")
     names, shares = list(dict.fromkeys(probe_gap["probe"])), sorted(set(probe_gap["share"]))
     height = 2.0 + 0.2 * len(names) * (len(shares) + 0.6)
@@ -409,10 +403,7 @@ def plot_probe_gap(probe_gap):
 
 # -- recall
 def plot_recall(recall, share=0.5):
-    """Accuracy over length, a panel for each task, a line for each gate at `share` and for Mamba alone; dotted: chance.
-
-    `recall`: recall_results.csv.
-    """
+    """Accuracy over length of each gate at `share` and of Mamba alone, by task. `recall`: recall_results.csv."""
     rows = style.name_gates(recall)
     mamba_only = (rows["name"] == "fixed") & (rows["share"] == 1)
     rows.loc[mamba_only, "name"] = "Mamba only"
@@ -446,10 +437,7 @@ def plot_recall(recall, share=0.5):
 
 # -- ablations
 def plot_training_ablations(ablations):
-    """Cost of Mamba alone, attention won back, and routing minus random, by how the sidecars were made.
-
-    `ablations`: of `read_ablations`.
-    """
+    """What Mamba alone and routing cost, by how the sidecars were made. `ablations`: of `read_ablations`."""
     title = "What the sidecars' initialisation, training and size change (each on a reduced budget; bars: 95 %)"
     return _plot_variants(ablations, TRAINING, TRAINING_COLUMNS, title)
 
@@ -504,10 +492,7 @@ def _plot_variants(ablations, names, columns, title):
 
 
 def plot_distillation(curves):
-    """Validation curves of the sidecars' training, a panel for each ablation and stage, a line for each variant.
-
-    `curves`: distillation_curves.csv.
-    """
+    """Validation curves by ablation and stage, a line for each variant. `curves`: distillation_curves.csv."""
     style.needs(len(curves), "no training was recorded")
     parts = list(curves.groupby(["ablation", "stage", "quantity"], sort=False))
     figure, panels = style.panels_for(len(parts), 3, 4.3, 3.2)

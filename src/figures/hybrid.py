@@ -267,10 +267,7 @@ def plot_alpha_domains(domains):
 
 # -- layer replacement
 def plot_layer_replacement(replacement):
-    """Ranked bars with 95 % intervals: each layer alone at alpha 1 (cheapest first), then the combinations.
-
-    `replacement`: layer_replacement_results.csv.
-    """
+    """Ranked bars of each layer alone at alpha 1, then of the combinations. layer_replacement_results.csv."""
     together = replacement["layer"].str.startswith("combined")
     single = replacement[~together].sort_values("delta_nll")
     rows = pd.concat([single, replacement[together]])
@@ -385,8 +382,7 @@ def plot_cost(gated, sweep=None):
 def summary_table(sweep, gated, alpha=0.3, routing_mode="routing_hard_0.5"):
     """The table metric x (baseline, the alpha nearest to `alpha`, routing-gated), as text.
 
-    `routing_mode` falls back to the first gate that goes by sparsity. The perplexities of both files are on the same
-    evaluation text; speed is that of scoring.
+    `routing_mode` falls back to the first gate that goes by sparsity; speed is that of scoring.
     """
     baseline, rows = alpha_rows(sweep)
     fixed = rows.iloc[(rows["alpha"] - alpha).abs().argmin()]

@@ -6,7 +6,6 @@ NothingToDraw: a complete file may have nothing for a table (one layer, one data
 
 import textwrap
 
-import numpy as np
 import pandas as pd
 
 from src.figures.style import counted, interval_texts, needs, number_text, number_texts, pairs_of
@@ -118,13 +117,10 @@ def transition_table(findings):
     """P(target expert | source expert) of the most predictable pair of neighbouring layers. findings.json."""
     best = findings["most_predictable"]
     needs(best, "one layer only: there are no transitions")
-    matrix = np.array(best["transitions"], dtype=float)
-    source, target = (
-        [f"layer {best[key]}, expert {expert}" for expert in range(len(matrix))]
-        for key in ("source_layer", "target_layer")
-    )
-    corner = f"affinity {best['affinity']:.3f}"
-    return pd.DataFrame(matrix, index=source, columns=pd.Index(target, name=corner)).round(3)
+    table = pd.DataFrame(best["transitions"]).astype(float).round(3)
+    table.index = [f"layer {best['source_layer']}, expert {expert}" for expert in table.index]
+    table.columns = [f"layer {best['target_layer']}, expert {expert}" for expert in table.columns]
+    return table.rename_axis(columns=f"affinity {best['affinity']:.3f}")
 
 
 def strong_transition_table(strong, most=20):
@@ -142,22 +138,17 @@ def strong_transition_table(strong, most=20):
 
 
 def correlation_table(findings, correlation):
-    """The strongest correlations of expert ids of layers that are no neighbours, beside what renumbering makes of them.
-
-    `findings`, `correlation`: findings.json, correlation.npz.
-    """
+    """Strongest id correlations of layers that are no neighbours, beside what renumbering makes of them."""
     rows = findings["strongest_id_correlations"]
     needs(rows, "there are no layers two apart, or none that uses two experts")
     place = {int(layer): index for index, layer in enumerate(correlation["layers"])}
-    cells = [(place[row["layer_a"]], place[row["layer_b"]]) for row in rows]
+    cells = [place[row["layer_a"]] for row in rows], [place[row["layer_b"]] for row in rows]
     return pd.DataFrame(
         {
             "layers": [f"{row['layer_a']} and {row['layer_b']}" for row in rows],
             "r of ids": [f"{row['r']:+.3f}" for row in rows],
-            "r, renumbered": number_texts(
-                [correlation["id_correlation_relabelled"][cell] for cell in cells], "{:+.3f}"
-            ),
-            "Cramér's V": number_texts([correlation["cramers_v"][cell] for cell in cells], "{:.3f}"),
+            "r, renumbered": number_texts(correlation["id_correlation_relabelled"][cells], "{:+.3f}"),
+            "Cramér's V": number_texts(correlation["cramers_v"][cells], "{:.3f}"),
         }
     )
 
@@ -166,23 +157,21 @@ def findings_text(findings, width=110):
     """findings.json in words: a few wrapped paragraphs of plain text."""
     parts = [
         f"{counted(findings['tokens'], 'token')} of {counted(findings['problems'], 'problem')} "
-        f"({', '.join(findings['domains'])}), "
-        f"{counted(findings['layers'])}, {findings['experts_per_token']} of {findings['experts']} "
-        "experts per token."
+        f"({', '.join(findings['domains'])}), {counted(findings['layers'])}, "
+        f"{findings['experts_per_token']} of {findings['experts']} experts per token."
     ]
     dominant = findings["dominant_experts"]
     listed = [f"layer {e['layer']} E{e['expert']} ({e['percent']:.1f} %)" for e in dominant["experts"]]
     parts.append(f"Experts that take over {dominant['above_percent']:g} % of a layer's tokens: {in_words(listed)}.")
     for gate in findings["gates"][:1]:
+        mean, std = number_texts([gate["mean"], gate["std"]], "{:.3f}")
         parts.append(
-            f"Gates: the strongest expert gets {number_text(gate['mean'], '{:.3f}')} on average (standard deviation "
-            f"{number_text(gate['std'], '{:.3f}')}); {number_text(gate['percent_above'])} % of the decisions are above "
-            f"{gate['threshold']:g}."
+            f"Gates: the strongest expert gets {mean} on average (standard deviation {std}); "
+            f"{number_text(gate['percent_above'])} % of the decisions are above {gate['threshold']:g}."
         )
     affinity = findings["affinity"]
     if affinity["adjacent"] is not None:
-        far = affinity["non_adjacent"]
-        gain = affinity["adjacent_advantage_percent"]
+        far, gain = affinity["non_adjacent"], affinity["adjacent_advantage_percent"]
         others = f", of others {far:.3f} ({gain:+.1f} % for neighbours)" if far else ""
         parts.append(f"Affinity (the reference's measure) of neighbouring layers {affinity['adjacent']:.3f}{others}.")
     accuracy = [f"{value:.1f} % at {hop}" for hop, value in findings["hop_accuracy_percent"].items()]
@@ -203,11 +192,9 @@ def findings_text(findings, width=110):
         f"{paths['unique']:,} different paths, {100 * paths['uniqueness_ratio']:.2f} % of the tokens; a token meets "
         f"{findings['unique_experts_per_token']:.2f} different experts on its way."
     )
-    correlations = [
-        f"layers {row['layer_a']} and {row['layer_b']} ({row['r']:+.3f})"
-        for row in findings["strongest_id_correlations"]
-    ]
-    if correlations:
+    rows = findings["strongest_id_correlations"]
+    if rows:
+        correlations = [f"layers {row['layer_a']} and {row['layer_b']} ({row['r']:+.3f})" for row in rows]
         parts.append(
             f"Strongest correlations of expert ids of layers that are no neighbours: {', '.join(correlations)}. "
             f"{findings['id_correlation_note']}"

@@ -120,10 +120,7 @@ def plot_positions(positions, by_layer):
 
 
 def plot_token_identity(identity):
-    """How often two occurrences of the same token share the strongest expert, against any two tokens, by layer.
-
-    `identity`: token_identity.csv.
-    """
+    """How often occurrences of one token, and any two tokens, share the strongest expert. token_identity.csv."""
     style.needs(len(identity), "the records name no tokens")
     figure, axes = style.new_figure(9, 4.0)
     _against_chance(axes, identity, "same_token", "any_tokens", ("the same token", "any two tokens"))

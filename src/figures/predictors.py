@@ -164,10 +164,7 @@ def plot_domains(predictors, split="problems", hop=None):
 
 
 def plot_layers(per_layer, split="problems", hop=None, domain="all"):
-    """Top-1 accuracy by target layer, a line for each predictor. `per_layer`: predictors_per_layer.csv.
-
-    hop: default the smallest.
-    """
+    """Top-1 accuracy by target layer, a line for each predictor. `per_layer`: predictors_per_layer.csv."""
     rows, hop = _chosen(per_layer, split, hop, domain)
     width = min(max(8.5, 4.5 + 0.28 * rows["layer"].nunique()), 13.5)
     title = f"Accuracy by target layer, {style.counted(hop)} ahead (legend: best first)"
@@ -197,10 +194,8 @@ def _capacity_of(curves, wanted):
 
 def _prefetchers(curves):
     """The predictors to draw: of each family that with the shortest mean time per token."""
-    rows = curves[curves["policy"] == "prefetch"]
-    best = {}
-    for name in reversed(_ranked(rows, "ms_per_token")):
-        best.setdefault(STYLES[name][0], name)
+    slowest_first = _ranked(curves[curves["policy"] == "prefetch"], "ms_per_token")
+    best = {STYLES[name][0]: name for name in slowest_first}
     return [name for name in STYLES if name in best.values()]
 
 
@@ -319,7 +314,7 @@ def comparison_table(predictors, split="problems", hop=None, domain="all"):
     return pd.DataFrame(
         {
             "top-1 (%)": style.number_texts(100 * rows["top1"]),
-            "95 % interval": style.interval_texts(rows["top1_low"], rows["top1_high"], 100),
+            "95 % interval": style.interval_texts(100 * rows["top1_low"], 100 * rows["top1_high"]),
             "times random": style.number_texts(rows["top1"] / random, "{:.2f}"),
             "top-2 (%)": style.number_texts(100 * rows["top2"]),
             "experts found (%)": style.number_texts(100 * rows["slot_overlap"]),
@@ -343,7 +338,7 @@ def leakage_table(leakage):
             "split by row (%)": style.number_texts(100 * leakage["top1_rows_split"]),
             "split by problem (%)": style.number_texts(100 * leakage["top1_problem_split"]),
             "leakage (points)": style.number_texts(100 * leakage["leakage"], "{:+.1f}"),
-            "95 % interval": style.interval_texts(leakage["ci_low"], leakage["ci_high"], 100, "{:+.1f}"),
+            "95 % interval": style.interval_texts(100 * leakage["ci_low"], 100 * leakage["ci_high"], "{:+.1f}"),
         },
         index=pd.Index([style.words(name) for name in leakage["predictor"]], name="predictor"),
     )

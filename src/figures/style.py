@@ -124,11 +124,11 @@ def read_result(path, script, inferred=()):
     return table
 
 
-def save_figure(figure, path, dpi=150):
+def save_figure(figure, path):
     """Write `figure` as PNG with the same bytes for the same data (no date, no software version inside)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi, metadata={"Software": None})
+    figure.savefig(path, dpi=150, metadata={"Software": None})
     return path
 
 
@@ -215,9 +215,9 @@ def number_texts(values, form="{:.1f}"):
     return [number_text(value, form) for value in values]
 
 
-def interval_texts(low, high, factor=1, form="{:.1f}"):
-    """Intervals as a column of a table, in units of 1 / `factor`; "-" where there is none."""
-    ends = zip(factor * low, factor * high, strict=True)
+def interval_texts(low, high, form="{:.1f}"):
+    """Intervals as a column of a table; "-" where there is none."""
+    ends = zip(low, high, strict=True)
     return [f"{form.format(a)} to {form.format(b)}" if math.isfinite(a) else "-" for a, b in ends]
 
 

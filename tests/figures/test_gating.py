@@ -405,7 +405,7 @@ def test_figure_is_readable(name, case, read, tmp_path):
 
 def test_same_data_same_bytes(read, tmp_path):
     for name in ("ladder", "sensitivity_map"):
-        files = [style.save_figure(FIGURES[name](read, "short"), tmp_path / f"{i}.png", dpi=50) for i in "ab"]
+        files = [style.save_figure(FIGURES[name](read, "short"), tmp_path / f"{i}.png") for i in "ab"]
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -468,7 +468,7 @@ def test_intervals_of_too_few_documents_leave_the_panel(read, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = gating.plot_domains(table)
-        style.save_figure(figure, tmp_path / "a.png", dpi=50)
+        style.save_figure(figure, tmp_path / "a.png")
     left, right = figure.axes[0].get_xlim()
     assert -0.05 < left < right < 0.05
     drawn = segments(figure.axes[0].containers[0])
