@@ -41,10 +41,7 @@ TRAINING_COLUMNS = {
     "recovered": ("of zeroed attention's cost won back (%)", 100),
     "vs_random": ("routing minus random (nats per token)", 1),
 }
-GATE_COLUMNS = {
-    "delta_nll": (style.DELTA_NLL, 1),
-    "vs_random": ("gate minus random control (nats per token)", 1),
-}
+GATE_COLUMNS = {"delta_nll": (style.DELTA_NLL, 1), "vs_random": ("gate minus random control (nats per token)", 1)}
 CURVES = {"normalised_mse": "error of the layer's output (normalised)", "kl": "KL from the base model (nats per token)"}
 
 
@@ -135,10 +132,9 @@ def plot_controls(pairs, answer=None, share=0.5):
     axes.set_xlabel("NLL of the gate minus NLL of the control (nats per token; left of 0: the gate is better)")
     style.legend_of_groups(figure, [style.GATES[recipe][1] for recipe in rows["recipe"]], more)
     outcome = f"verdict: {answer['outcome'].upper()}" if answer.get("outcome") else "no verdict yet"
-    axes.set_title(
-        f"{style.plain(rows['mode'].iloc[0])} against each control, {100 * share:g} % of tokens on Mamba\n{outcome}",
-        fontsize=10.5,
-    )
+    gate = style.plain(rows["mode"].iloc[0])
+    title = f"{gate} against each control, {100 * share:g} % of tokens on Mamba\n{outcome}"
+    axes.set_title(title, fontsize=10.5)
     return figure
 
 

@@ -42,9 +42,8 @@ def plot_sparsity_heatmap(routing):
     table = pd.DataFrame([prompt["per_layer_sparsity"] for prompt in prompts]).rename(columns=int).sort_index(axis=1)
     layers, values = list(table.columns), table.to_numpy(float)  # [prompts, L]
     height = 0.4 * len(prompts)
-    figure, (top, bottom) = style.new_figure(
-        max(8.0, 3.5 + 0.5 * len(layers)), 3.6 + height, 2, 1, height_ratios=[max(height, 1.2), 2.0]
-    )
+    sizes = (max(8.0, 3.5 + 0.5 * len(layers)), 3.6 + height)
+    figure, (top, bottom) = style.new_figure(*sizes, 2, 1, height_ratios=[max(height, 1.2), 2.0])
     names = [f"{style.plain(prompt['prompt'], 36)} ({prompt['overall_sparsity']:.2f})" for prompt in prompts]
     _sparsity_map(top, values, layers, names)
     top.tick_params(axis="y", labelsize=9)
@@ -144,29 +143,24 @@ def extreme_tokens(routing, count=12):
         for position, value in enumerate(token_sparsity(prompt)[1:], 1):
             rows.append((tokens[position], "".join(tokens[max(0, position - 4) : position]), value))
     table = pd.DataFrame(rows, columns=["token", "context", "sparsity"]).sort_values("sparsity", kind="stable")
-    least, most = table.head(count), table.iloc[::-1].head(count)
-    return most.reset_index(drop=True), least.reset_index(drop=True)
+    return tuple(rows.head(count).reset_index(drop=True) for rows in (table[::-1], table))
 
 
 def plot_extreme_tokens(routing, count=12):
     """Two panels of bars: the most and the least sparse tokens of the prompts, each with the text before it."""
     figure, panels = style.new_figure(11, 1.4 + 0.28 * count, 1, 2)
-    titles = ("Most sparse (few experts)", "Least sparse (many experts)")
-    for axes, table, title, colour in zip(
-        panels, extreme_tokens(routing, count), titles, (style.ORANGE, style.BLUE), strict=True
-    ):
+    titles = (("Most sparse (few experts)", style.ORANGE), ("Least sparse (many experts)", style.BLUE))
+    for axes, table, (title, colour) in zip(panels, extreme_tokens(routing, count), titles, strict=True):
         axes.barh(range(len(table)), table["sparsity"], color=colour, height=0.7)
         labels = [
             f"{'…' + style.plain(context[-18:]) if context else ''} [{style.plain(token, 16)}]"
             for context, token in zip(table["context"], table["token"], strict=True)
         ]
-        axes.set_yticks(range(len(table)), labels, fontsize=8.5)
+        style.name_rows(axes, labels)
         for row, value in enumerate(table["sparsity"]):
             axes.text(value + 0.01, row, f"{value:.2f}", va="center", fontsize=8)
-        axes.invert_yaxis()
         axes.set_xlim(0, 1.1)
         style.named(axes, "sparsity, mean over layers", title=title)
-        axes.grid(axis="y", visible=False)
     return figure
 
 

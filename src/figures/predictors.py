@@ -74,9 +74,7 @@ def _bars(rows):
 
 
 def _lines(rows, width, title, x, label):
-    """Top-1 accuracy over column `x`, a line for each predictor, best first; bars where there are intervals.
-
-    Predictors are a little apart from each other sideways where bars could cover each other."""
+    """Top-1 accuracy over column `x`, a line for each predictor, best first; over hops with bars, which stand apart."""
     figure, axes = style.new_figure(width, 4.7)
     order = _ranked(rows)
     for number, name in enumerate(order):
@@ -117,10 +115,10 @@ def plot_comparison(predictors, split="problems", hop=None, domain="all"):
     colours = [FAMILY_COLOURS[STYLES[name][0]] for name in rows["predictor"]]
     figure, (left, right) = style.new_figure(13.5, 1.9 + 0.36 * len(rows), 1, 2)
     parts = (
-        (left, "top1", "top2", "strongest expert predicted right (% of cells)"),
-        (right, "slot_overlap", "whole_set", "share of the experts used that were predicted (%)"),
+        (left, "top1", "top2", "strongest expert predicted right (% of cells)", f"Strongest expert ({_bars(rows)})"),
+        (right, "slot_overlap", "whole_set", "share of the experts used that were predicted (%)", "Set of experts"),
     )
-    for axes, bar, mark, label in parts:
+    for axes, bar, mark, label, title in parts:
         axes.barh(places, 100 * rows[bar], color=colours, height=0.7, zorder=2)
         axes.scatter(100 * rows[mark], places, marker="D", s=26, color="white", edgecolor="black", lw=1.1, zorder=4)
         for place, value in enumerate(rows[bar]):
@@ -128,15 +126,13 @@ def plot_comparison(predictors, split="problems", hop=None, domain="all"):
         style.name_rows(axes, [style.words(name) for name in rows["predictor"]])
         axes.set_xlim(0, 108)
         axes.set_xticks(range(0, 101, 20))
-        style.named(axes, label, "predictor")
+        style.named(axes, label, "predictor", title)
     if _reach(rows).any():
         look = dict(fmt="none", color="black", capsize=3, lw=1.3, zorder=5)
         left.errorbar(100 * rows["top1"], places, xerr=_reach(rows), **look)
     meaning = "right in two guesses (left), all experts right (right)"
     diamond = Line2D([], [], marker="D", ls="", color="white", markeredgecolor="black", ms=5, label=meaning)
     _legend_of_families(figure, colours, [diamond])
-    left.set_title(f"Strongest expert ({_bars(rows)})", fontsize=10)
-    right.set_title("Set of experts", fontsize=10)
     title = f"{style.counted(hop)} ahead, split by {style.plain(split)}, domain {style.plain(domain)}"
     figure.suptitle(title, fontsize=10.5)
     return figure
@@ -279,8 +275,7 @@ def plot_prefetch(curves, capacity=None, bandwidth_gb_s=25.0, scope="per_layer")
     `curves`: cache_curves.csv; at the simulated cache size and bandwidth nearest to those given.
     """
     capacity, bandwidth = _capacity_of(curves, capacity), _nearest(curves["bandwidth_gb_s"], bandwidth_gb_s)
-    rows = curves[(curves["scope"] == scope) & (curves["bandwidth_gb_s"] == bandwidth)]
-    rows = rows[rows["capacity"] == capacity]
+    rows = curves.query("scope == @scope and bandwidth_gb_s == @bandwidth and capacity == @capacity")
     ahead = rows[rows["policy"] == "prefetch"].sort_values("stall_ms_per_token", kind="stable")
     style.needs(len(ahead), "no predictor was used to prefetch")
     alone = rows[rows["policy"] == "lru"].iloc[0]

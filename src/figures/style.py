@@ -174,11 +174,10 @@ def gate_colour(name):
 
 def looks(names):
     """Name of a gate -> (colour, marker, line); gates of one colour differ in their lines and markers."""
-    found, seen = {}, {}
+    found = {}
     for number, name in enumerate(names):
-        colour = gate_colour(name)
-        found[name] = (colour, series(number)[1], ("-", "--", "-.", ":")[seen.get(colour, 0) % 4])
-        seen[colour] = seen.get(colour, 0) + 1
+        alike = sum(colour == gate_colour(name) for colour, *_ in found.values())
+        found[name] = (gate_colour(name), series(number)[1], ("-", "--", "-.", ":")[alike % 4])
     return found
 
 
