@@ -230,8 +230,8 @@ def plot_correlations(correlations):
     style.needs(len(every), "no signal was correlated with sensitivity")
     signals = list(every["signal"])
     rest = correlations[correlations["layer"] != "all"].astype({"layer": int})
-    grids = rest.pivot(index="signal", columns="layer", values=["partial_rho", "p_holm"]).reindex(signals)
-    heat, p_holm = grids["partial_rho"], grids["p_holm"]
+    heat = rest.pivot(index="signal", columns="layer", values="partial_rho").reindex(signals)
+    p_holm = rest.pivot(index="signal", columns="layer", values="p_holm").reindex(signals)
     wide = max(2.2, 0.55 * heat.shape[1])
     sizes = (7.5 + wide, 2.0 + 0.36 * len(signals))
     figure, (left, right) = style.new_figure(*sizes, 1, 2, width_ratios=[4.5, wide + 0.8])

@@ -510,6 +510,12 @@ def test_correlations_show_every_layer_and_mark_what_holm_leaves(read):
     assert sum(text.get_text() == "*" for text in right.texts) == stars.sum() > 0
 
 
+def test_correlations_of_all_layers_alone_are_drawn(read):
+    table = read("sensitivity_correlations.csv")
+    left, right = gating.plot_correlations(table[table["layer"] == "all"]).axes
+    assert len(row_names(left)) == table["signal"].nunique() and not right.collections
+
+
 def test_validation_fills_the_chosen_estimator(read):
     (axes,) = FIGURES["validation"](read, "long").axes
     assert axes.get_xticklabels()[0].get_text() == "all" and len(axes.get_xticks()) == 24
