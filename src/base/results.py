@@ -179,15 +179,15 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def write_npz(path: str | os.PathLike, arrays: dict[str, np.ndarray], meta: dict) -> Path:
-    """Write `arrays` for `numpy.load`, compressed, with fixed time stamps (numpy's own carry the clock), and its meta.
-
-    Raises ValueError for object arrays: reading those would need pickle.
-    """
+    """Write `arrays` for `numpy.load`, compressed, and the meta file. Raises ValueError as `npz_bytes` does."""
     return _write(path, npz_bytes(arrays), meta)
 
 
 def npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
-    """`arrays` as an .npz file whose bytes depend on them alone. Raises ValueError for object arrays."""
+    """`arrays` as an .npz file with fixed time stamps (numpy's own carry the clock): its bytes depend on them alone.
+
+    Raises ValueError for object arrays: reading those would need pickle.
+    """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():

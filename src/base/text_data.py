@@ -12,10 +12,11 @@ import json
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -125,14 +126,13 @@ def load_documents(source: str, split: str, seed: int = 0, limit: int | None = N
     is not there.
     """
     if source == "mixed":
-        documents = _take_turns([_shuffled(_domain_documents(domain, split), seed) for domain in DOMAINS])
-    elif source in DOMAINS:
-        documents = _shuffled(_domain_documents(source, split), seed)
-    elif source == "wikitext":
-        documents = _shuffled(_wikitext_documents(split), seed)
+        domains = [_shuffled(_domain_documents(domain, split), seed) for domain in DOMAINS]
+        return [document for turn in zip_longest(*domains) for document in turn if document is not None][:limit]
+    if source in DOMAINS:
+        documents = _domain_documents(source, split)
     else:
-        documents = _shuffled(_file_documents(source, split), seed)
-    return documents[:limit]
+        documents = _wikitext_documents(split) if source == "wikitext" else _file_documents(source, split)
+    return _shuffled(documents, seed)[:limit]
 
 
 def identity(documents: Sequence[Document]) -> dict:
@@ -142,9 +142,7 @@ def identity(documents: Sequence[Document]) -> dict:
     documents are parts of one work), and for built-in domains: `expected_sha256` and `matches` (True: the text is the
     recorded one; False: it differs, `hint` says why that may be; None: nothing is recorded for this source).
     """
-    counts = {}
-    for document in documents:
-        counts[document.domain] = counts.get(document.domain, 0) + 1
+    counts = Counter(document.domain for document in documents)
     result = {
         "sha256": _sha256(documents),
         "documents": len(documents),
@@ -286,11 +284,6 @@ def _sha256(documents: Iterable[Document]) -> str:
 
 def _shuffled(documents: Iterable[Document], seed: int) -> list[Document]:
     return sorted(documents, key=lambda document: _hash(seed, document.id))
-
-
-def _take_turns(lists: Sequence[Sequence[Document]]) -> list[Document]:
-    longest = max(len(documents) for documents in lists)
-    return [documents[i] for i in range(longest) for documents in lists if i < len(documents)]
 
 
 def _of_split(ids: Collection[str], split: str, shares: dict[str, float]) -> list[str]:
