@@ -130,20 +130,13 @@ def minimum_detectable_effect(sum_a, sum_b, count) -> float:
     return float(quantiles.sum() * np.sqrt(total))
 
 
-def rank_correlation(x, y, clusters: Sequence, resamples: int = 1_000, seed: int = 0, level: float = 0.95) -> Interval:
+def rank_correlation(x, y, clusters, resamples: int = 1_000, seed: int = 0, level: float = 0.95) -> Interval:
     """Spearman's rank correlation of x [N] and y [N]: `partial_rank_correlation` without covariates."""
     return partial_rank_correlation(x, y, np.empty((0, len(x))), clusters, resamples, seed, level)
 
 
 def partial_rank_correlation(
-    x,
-    y,
-    covariates,
-    clusters: Sequence,
-    resamples: int = 1_000,
-    seed: int = 0,
-    level: float = 0.95,
-    strata: Sequence | None = None,
+    x, y, covariates, clusters, resamples: int = 1_000, seed: int = 0, level: float = 0.95, strata=None
 ) -> Interval:
     """Spearman's rank correlation of x [N] and y [N] given the covariates [C, N], with whole clusters resampled.
 
@@ -174,15 +167,7 @@ def partial_rank_correlation(
 
 
 def block_permutation_p(
-    x,
-    y,
-    covariates,
-    clusters: Sequence,
-    positions: Sequence[int],
-    block: int = 16,
-    permutations: int = 2_000,
-    seed: int = 0,
-    strata: Sequence | None = None,
+    x, y, covariates, clusters, positions, block: int = 16, permutations: int = 2_000, seed: int = 0, strata=None
 ) -> float:
     """Two-sided p-value of `partial_rank_correlation`: x is permuted in blocks of tokens inside each document.
 
