@@ -19,7 +19,7 @@ readonly CUDA13_DRIVER=580 CUDA12_DRIVER=525
 readonly KERNELS=(causal-conv1d==1.6.2.post1 mamba-ssm==2.3.0)
 
 say() { echo "setup_env: $*"; }
-die() { echo "error: $*" >&2 && exit 2; }
+die() { echo "error: $*" >&2; exit 2; }
 run() { if $dry_run; then echo "would run: $*"; else "$@"; fi; }
 
 dry_run=false force=false print_python=false
@@ -105,12 +105,12 @@ fi
 
 torch_index=${TORCH_INDEX_URL:-}
 if $gpu; then
-  driver=${card##*, }
+  driver=${card##*, } # one that is no number counts as new enough
   say "NVIDIA GPU: ${card%, *}, driver $driver"
-  if [ "${driver%%.*}" -lt "$CUDA12_DRIVER" ]; then
+  if [ "${driver%%.*}" -lt "$CUDA12_DRIVER" ] 2>/dev/null; then
     say "driver $driver is too old for this torch, which will run on the CPU: install driver $CUDA13_DRIVER or newer" \
       "(under WSL2: on Windows, never inside Linux), then ./setup_env.sh --force"
-  elif [ "${driver%%.*}" -lt "$CUDA13_DRIVER" ]; then
+  elif [ "${driver%%.*}" -lt "$CUDA13_DRIVER" ] 2>/dev/null; then
     say "driver $driver is older than $CUDA13_DRIVER (CUDA 13): taking torch for CUDA 12.6"
     torch_index=${torch_index:-$TORCH_INDEX/cu126}
   fi
