@@ -215,8 +215,10 @@ def score_windows(length: int, max_seq_len: int, stride: int) -> list[Window]:
     to max_seq_len: tokens that each window after the first scores, so every token but the first window's has at least
     max_seq_len - stride + 1 tokens of context. These are lm-eval's get_rolling_token_windows with context_len =
     max_seq_len - stride + 1; with stride = max_seq_len the windows do not overlap, except that the last one is moved
-    back to full context.
+    back to full context. Raises ValueError for another stride.
     """
+    if not 1 <= stride <= max_seq_len:
+        raise ValueError(f"stride is {stride}; it must lie between 1 and max_seq_len = {max_seq_len}")
     windows = []
     if length > 1:
         windows.append(Window(0, min(max_seq_len + 1, length), 1))

@@ -364,6 +364,12 @@ def test_every_token_is_scored_once_with_the_most_context():
     assert text_data.score_windows(6, 3, 3) == [Window(0, 4, 1), Window(2, 6, 4)]
 
 
+@pytest.mark.parametrize(("length", "max_seq_len", "stride"), [(5, 4, 0), (5, 4, 5), (5, 0, 0)])
+def test_score_windows_refuses(length, max_seq_len, stride):
+    with pytest.raises(ValueError, match="stride is"):
+        text_data.score_windows(length, max_seq_len, stride)
+
+
 def token_documents(lengths) -> list[TokenDocument]:
     """Documents of distinct tokens (document, position); the prefix token is 0."""
     return [
