@@ -234,10 +234,7 @@ def _collect_shard(arguments: argparse.Namespace, collector: Collector, shard: S
     if shard.hidden:
         states = np.concatenate([entry.router_inputs for entry in recorded[: shard.hidden]])
         store.write_hidden(shard.file, states)
-    rows = collection.to_journeys(
-        shard.dataset, shard.problems, recorded, collector.tokenizer, name, shape.layers, shape.num_experts,
-        padded=shape.top_k is None,
-    )  # fmt: skip
+    rows = collection.to_journeys(shard.dataset, shard.problems, recorded, collector.tokenizer, name, shape)
     found = {"layers_without_router": shape.layers_without_router, "expert_weights": shape.expert_weights,
              "layer_weights": shape.layer_weights}  # fmt: skip
     store.write_shard(shard.file, rows, shard.run | found)
@@ -247,9 +244,8 @@ def _collect_shard(arguments: argparse.Namespace, collector: Collector, shard: S
 def import_records(arguments: argparse.Namespace, folder: Path) -> None:
     """Fill the store from records; the report goes to stderr where something was left out."""
     source = arguments.import_from
-    read = records.import_token_files if source.is_dir() else records.import_rows
-    imported, report = read(
-        source, strict=arguments.strict, num_experts=arguments.num_experts, model=str(arguments.model)
+    imported, report = records.import_records(
+        source, None, arguments.strict, arguments.num_experts, str(arguments.model)
     )
     for line in report.lines():
         print(line, file=sys.stderr if report.problems else sys.stdout)

@@ -41,23 +41,14 @@ def collecting_cost(
     def collect(folder):
         with TopKExtractor(model) as extractor:
             recorded = collection.collect(model, extractor, prompts, batch_size=batch_problems)
-        journeys = collection.to_journeys(
-            "humaneval", problems, recorded, tokenizer, "benchmark", shape.layers, shape.num_experts,
-            padded=shape.top_k is None,
-        )  # fmt: skip
+        journeys = collection.to_journeys("humaneval", problems, recorded, tokenizer, "benchmark", shape)
         store.write_shard(Path(folder) / store.shard_name("humaneval", 0), journeys)
 
     with tempfile.TemporaryDirectory() as folder:
-        runs = {
-            "plain": lambda: clock(forwards, device),
-            "other": lambda: clock(lambda: collect(folder), device),
-        }
+        runs = {"plain": lambda: clock(forwards, device), "other": lambda: clock(lambda: collect(folder), device)}
         seconds = in_turns(runs, rounds)
-    return cost(**seconds) | {
-        "tokens": sum(map(len, prompts)),
-        "problems": len(problems),
-        "batch_size": batch_problems,
-    }
+    counts = {"tokens": sum(map(len, prompts)), "problems": len(problems), "batch_size": batch_problems}
+    return cost(**seconds) | counts
 
 
 def analysis_speed(count: int, seed: int, rounds: int, loops: bool = True) -> dict:
