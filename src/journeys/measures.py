@@ -165,7 +165,7 @@ def group_gates(
 
 
 # -- from layer to layer
-def transition_counts(columns: np.ndarray, num_experts: int, progress: str | None = None) -> np.ndarray:
+def transition_counts(columns: np.ndarray, num_experts: int) -> np.ndarray:
     """How many journeys go from expert a of layer s to expert b of layer t, for all layer pairs: int64 [L, L, E, E].
 
     columns [L, N] from `strongest`. counts[s, t, a, b] = counts[t, s, b, a]; counts[s, s] has the layer's expert counts
@@ -173,7 +173,7 @@ def transition_counts(columns: np.ndarray, num_experts: int, progress: str | Non
     """
     num_layers, classes = len(columns), _classes(columns, num_experts)
     counts = np.empty((num_layers, num_layers, num_experts, num_experts), dtype=np.int64)
-    for source in tqdm(range(num_layers), desc=progress, disable=progress is None):
+    for source in tqdm(range(num_layers), desc="transitions", delay=3):
         base = columns[source].astype(np.int64) * classes
         for target in range(source, num_layers):
             table = np.bincount(base + columns[target], minlength=classes * classes).reshape(classes, classes)
@@ -301,11 +301,7 @@ def problem_folds(domain_of_problem: np.ndarray, folds: int, seed: int) -> np.nd
 
 
 def held_out_hits(
-    columns: np.ndarray,
-    num_experts: int,
-    clusters: np.ndarray,
-    fold_of_problem: np.ndarray,
-    progress: str | None = None,
+    columns: np.ndarray, num_experts: int, clusters: np.ndarray, fold_of_problem: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(right by transitions, right by majority, predictions) of each problem, 1 .. L-1 layers ahead: int64 [P, L-1].
 
@@ -317,7 +313,7 @@ def held_out_hits(
     area = classes * classes
     base = (fold_of_problem * area)[clusters]
     hits = np.zeros((3, num_problems, num_layers - 1), dtype=np.int64)
-    for hop in tqdm(range(1, num_layers), desc=progress, disable=progress is None):
+    for hop in tqdm(range(1, num_layers), desc="held-out hops", delay=3):
         # three counters in one number, each below 2^20: right by transitions, right by majority, predictions
         packed = np.zeros(len(clusters), dtype=np.int64)
         for source in range(num_layers - hop):

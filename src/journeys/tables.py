@@ -53,7 +53,7 @@ class Settings:
 
 
 # -- everything
-def analyze(sample: Sample, settings: Settings, progress: bool = False) -> dict[str, dict]:
+def analyze(sample: Sample, settings: Settings) -> dict[str, dict]:
     """Every analysis: file name -> content. `.csv`: column -> values; `.json`: the object; `.npz`: name -> array.
 
     Layers are named by the model's layer ids; shares called percent run from 0 to 100, with every digit.
@@ -64,14 +64,13 @@ def analyze(sample: Sample, settings: Settings, progress: bool = False) -> dict[
     problems = measures.group_counts(columns, num_experts, sample.clusters, int(sample.clusters.max()) + 1)
     domain_of_problem = np.zeros(len(problems), dtype=np.int64)
     domain_of_problem[sample.clusters] = sample.domains
-    counts = measures.transition_counts(columns, num_experts, "transitions" if progress else None)
+    counts = measures.transition_counts(columns, num_experts)
     unique = measures.unique_experts(columns, num_experts)
     confidence, histogram, pooled = _gate_tables(sample, settings)
     related = measures.affinity(counts)
     labels = np.random.default_rng(settings.seed).permuted(np.tile(np.arange(num_experts), (len(layers), 1)), axis=1)
     correlation = measures.id_correlation(counts)
-    hops, hop_shares = _hop_table(sample, settings, columns, counts, domain_of_problem, progress)
-    paths, top_paths, path_ids = _path_tables(sample, settings, columns, progress)
+    paths, top_paths, path_ids = _path_tables(sample, settings, columns)
     domains = _domain_tables(sample, settings, problems, domain_of_problem, unique)
     files = {
         "expert_distribution.csv": _distribution_table(layers, by_rank),
@@ -81,7 +80,7 @@ def analyze(sample: Sample, settings: Settings, progress: bool = False) -> dict[
         "transitions.npz": {"layers": layers, "counts": counts, "adjacent_probabilities": _adjacent(counts)},
         "strong_transitions.csv": _strong_transitions(layers, counts, settings.strong_percent),
         "affinity.npz": {"layers": layers} | related,
-        "hop_accuracy.csv": hops,
+        "hop_accuracy.csv": _hop_table(sample, settings, columns, counts, domain_of_problem),
         "paths.csv": paths,
         "top_paths.csv": top_paths,
         "correlation.npz": {
@@ -94,7 +93,7 @@ def analyze(sample: Sample, settings: Settings, progress: bool = False) -> dict[
     files |= domains | _token_tables(sample, settings, columns, path_ids) | _position_tables(sample, columns, unique)
     files["consecutive_tokens.csv"] = _consecutive_table(sample, by_rank)
     files["example_journeys.npz"] = _examples(sample)
-    findings = _findings(sample, settings, by_rank, counts, related["reference"], correlation, hop_shares)
+    findings = _findings(sample, settings, by_rank, counts, related["reference"], correlation)
     findings["gates"] = pooled
     findings["paths"] = {"unique": paths["unique_paths"][0], "uniqueness_ratio": paths["uniqueness_ratio"][0]}
     findings["unique_experts_per_token"] = float(unique.mean())
@@ -193,28 +192,20 @@ def _strong_transitions(layers: np.ndarray, counts: np.ndarray, threshold: float
 
 
 def _hop_table(
-    sample: Sample,
-    settings: Settings,
-    columns: np.ndarray,
-    counts: np.ndarray,
-    domain_of_problem: np.ndarray,
-    progress: bool,
-) -> tuple[dict, np.ndarray]:
-    """(hop_accuracy, in-sample accuracy [L-1])."""
+    sample: Sample, settings: Settings, columns: np.ndarray, counts: np.ndarray, domain_of_problem: np.ndarray
+) -> dict:
     accuracy, majority = measures.hop_accuracy(counts)
     hops = np.arange(1, len(columns))
     absent = np.full(len(hops), np.nan)
     held_out, held_out_majority, low, high = absent, absent, absent, absent
     if len(domain_of_problem) > 1 and len(hops):
         folds = measures.problem_folds(domain_of_problem, settings.folds, settings.seed)
-        right, by_majority, tried = measures.held_out_hits(
-            columns, sample.num_experts, sample.clusters, folds, "held-out hops" if progress else None
-        )
+        right, by_majority, tried = measures.held_out_hits(columns, sample.num_experts, sample.clusters, folds)
         with np.errstate(invalid="ignore"):
             held_out = right.sum(axis=0) / tried.sum(axis=0)
             held_out_majority = by_majority.sum(axis=0) / tried.sum(axis=0)
         low, high = measures.ratio_intervals(right, tried, settings.resamples, settings.seed, settings.level)
-    table = {
+    return {
         "hop": hops,
         "layer_pairs": len(columns) - hops,
         "accuracy": _percent(accuracy),
@@ -225,18 +216,15 @@ def _hop_table(
         "held_out_majority": _percent(held_out_majority),
         "random": _percent(np.full(len(hops), 1 / sample.num_experts)),
     }
-    return table, accuracy
 
 
-def _path_tables(
-    sample: Sample, settings: Settings, columns: np.ndarray, progress: bool
-) -> tuple[dict, dict, np.ndarray]:
+def _path_tables(sample: Sample, settings: Settings, columns: np.ndarray) -> tuple[dict, dict, np.ndarray]:
     """(paths, top_paths, number of each journey's whole path [N])."""
     num_layers, num_rows = columns.shape
     lengths = [num_layers, *(length for length in settings.path_lengths if length < num_layers)]
     windows = [(length, start) for length in lengths for start in range(num_layers - length + 1)]
     summary, found = [], {length: [] for length in lengths}
-    for length, start in tqdm(windows, desc="paths", disable=not progress):
+    for length, start in tqdm(windows, desc="paths", delay=3):
         codes = measures.path_codes(columns[start : start + length], sample.num_experts)
         distinct, most, ids = measures.common_paths(codes, settings.top)
         summary.append((length, sample.layers[start], num_rows, distinct, distinct / num_rows, most[0][0]))
@@ -451,7 +439,6 @@ def _findings(
     counts: np.ndarray,
     reference: np.ndarray,
     correlation: np.ndarray,
-    accuracy: np.ndarray,
 ) -> dict:
     """The small findings that the reference prints, with its rules (strict comparisons, first of equals)."""
     layers, num_layers = sample.layers, len(sample.layers)
@@ -465,7 +452,7 @@ def _findings(
     adjacent = reference[index[:-1], index[1:]]  # forwards only
     near = float(adjacent.mean()) if num_layers > 1 else None
     far = float(reference[apart > 1].mean()) if num_layers > 2 else None
-    percent = 100 * accuracy
+    percent = 100 * measures.hop_accuracy(counts)[0]
     low = np.flatnonzero(percent < settings.low_accuracy_percent)
     result = {
         "tokens": len(sample.experts),

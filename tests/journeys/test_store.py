@@ -28,7 +28,7 @@ from src.journeys.records import (
     import_records,
     infer_num_experts,
 )
-from src.journeys.store import Journeys, concatenate, read_journeys, shard_name, shard_run, write_shard
+from src.journeys.store import Journeys, read_journeys, shard_name, shard_run, write_shard
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "mixtral_routing"
 needs_real_records = pytest.mark.skipif(not REAL.is_dir(), reason="the real Mixtral records are not beside this repo")
@@ -57,6 +57,11 @@ def some_journeys(
         layers=tuple(layers),
         num_experts=8,
     )
+
+
+def concatenate(parts: list[Journeys]) -> Journeys:
+    """Journeys of the same model one after the other."""
+    return replace(parts[0], **{name: np.concatenate([getattr(part, name) for part in parts]) for name in FIELDS})
 
 
 def assert_same(one: Journeys, two: Journeys, fields=FIELDS) -> None:
