@@ -24,7 +24,7 @@ from src.base.text_data import MATH_INSTRUCTION, gsm_symbolic
 from src.base.text_files import read_text
 from src.eval_utils import model_device
 from src.journeys.store import Journeys, expert_dtype
-from src.models.loading import is_blockffn, resolve_model_path, weight_files
+from src.models.loading import is_blockffn
 from src.routing_extractor import RouterShape, TopKExtractor, router_shape
 
 DATASETS = ("humaneval", "gsm8k", "gsm_symbolic")
@@ -408,14 +408,3 @@ def declared_routers(model_path: str | Path) -> tuple[RouterShape, int]:
     with torch.device("meta"):
         shape = router_shape(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     return shape, len(shape.layers) + len(shape.layers_without_router)
-
-
-# -- identity
-def weights_sha256(name_or_path: str | Path, cache_dir: str | Path | None = None) -> str:
-    """sha256 over names and bytes of a model's weight files, without loading them."""
-    digest = hashlib.sha256()
-    for file in weight_files(resolve_model_path(name_or_path, cache_dir)):
-        digest.update(file.name.encode())
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()

@@ -36,13 +36,9 @@ Found = dict[tuple[str, int], dict[str, dict[str, np.ndarray]]]
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What predictors are fitted to and scored on.
+    """What predictors are fitted to and scored on; parts [P] of the problems, and what earlier runs measured.
 
-    Attributes:
-        data, parts: the journeys, and the part of each problem [P].
-        settings: budgets and shapes of the trained predictors.
-        seeds: of the runs of each predictor, which are averaged.
-        pieces: what earlier runs measured, by predictor, hop and split.
+    seeds: of the runs of each predictor, which are averaged.
     """
 
     data: cells.Data
@@ -61,9 +57,9 @@ class Task:
 def data_sha256(data: cells.Data) -> str:
     """A hash over journeys and router inputs as predictors see them (of the latter: shapes, routers, first rows)."""
     digest = hashlib.sha256()
-    for values, kind in ((data.problem, "<i4"), (data.position, "<i4"), (data.experts, "<i2"), (data.gates, "<f4"),
-                         (data.hidden_row, "<i4")):  # fmt: skip
-        digest.update(np.ascontiguousarray(values, dtype=kind))
+    kinds = {"problem": "<i4", "position": "<i4", "experts": "<i2", "gates": "<f4", "hidden_row": "<i4"}
+    for name, kind in kinds.items():
+        digest.update(np.ascontiguousarray(getattr(data, name), dtype=kind))
     if data.hidden is not None:
         digest.update(np.ascontiguousarray(data.hidden.weight))
         for states in data.hidden.states:

@@ -339,11 +339,6 @@ def _name(files: Sequence[Path]) -> str:
 
 
 # -- export
-def token_folder(dataset: str) -> str:
-    """Folder of a data set's token files: `humaneval_tokens`; grade-school maths of any source is `gsm8k_tokens`."""
-    return f"{'gsm8k' if dataset in MATHS_DATASETS else model_slug(dataset)}_tokens"
-
-
 def export_token_files(journeys: Journeys, root: str | os.PathLike) -> list[Path]:
     """Write one file per token, `<root>/<dataset>_tokens/p<problem>_token_<idx>.jsonl`; returns the folders.
 
@@ -352,7 +347,8 @@ def export_token_files(journeys: Journeys, root: str | os.PathLike) -> list[Path
     there; an earlier one is replaced. Raises UserError where two data sets would share a folder.
     """
     root, datasets = Path(root), np.unique(journeys.dataset).tolist()
-    folders = [root / token_folder(dataset) for dataset in datasets]
+    names = ["gsm8k" if dataset in MATHS_DATASETS else model_slug(dataset) for dataset in datasets]
+    folders = [root / f"{name}_tokens" for name in names]
     if len(set(folders)) < len(folders):
         raise UserError(f"{' and '.join(datasets)} would be exported to the same folder; export them one at a time")
     root.mkdir(parents=True, exist_ok=True)

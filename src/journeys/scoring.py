@@ -101,7 +101,7 @@ def calibration_error(bins: np.ndarray) -> float:
 def score_rows(
     data: Data, hits: np.ndarray, bins: np.ndarray, hop: int, resamples: int, seed: int, level: float
 ) -> list[dict]:
-    """Rows of results from the sums of `total`: every domain ("all" first) x every target layer ("all" first) that has cells.
+    """Rows of results from the sums of `total`: every domain x every target layer that has cells, "all" first of both.
 
     Columns domain, layer (the target's number in the model), rows (cells, summed over seeds), METRICS as shares,
     top1_low and top1_high (bootstrap over problems; NaN for fewer than two), ece.

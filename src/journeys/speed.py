@@ -71,7 +71,10 @@ def analysis_speed(count: int, seed: int, rounds: int, loops: bool = True) -> di
     }
     if loops:
         looped: list[np.ndarray] = []
-        journeys = as_dicts(sample)
+        journeys = [
+            [{"layer": layer, "experts": pair} for layer, pair in enumerate(journey)]
+            for journey in sample.experts.tolist()
+        ]
         loop_seconds = clock(lambda: looped.extend(in_loops(journeys, num_layers, num_experts)))
         differences = [np.abs(a - b).max() for a, b in zip(arrays, looped, strict=True)]
         figures |= {"loop_seconds": loop_seconds, "speedup": loop_seconds / seconds}
@@ -125,15 +128,8 @@ def in_arrays(sample: Sample) -> list[np.ndarray]:
     ]
 
 
-def as_dicts(sample: Sample) -> list[list[dict]]:
-    """The journeys as `in_loops` takes them: each a list of one dict per layer."""
-    return [
-        [{"layer": layer, "experts": pair} for layer, pair in enumerate(journey)] for journey in sample.experts.tolist()
-    ]
-
-
 def in_loops(journeys: list[list[dict]], num_layers: int, num_experts: int) -> list[np.ndarray]:
-    """The same as `in_arrays` the plain way: all loops go over journeys and their dicts."""
+    """The same as `in_arrays` the plain way, from a list of one dict per layer for each journey."""
     usage = np.zeros((num_layers, num_experts))
     ids = np.zeros((len(journeys), num_layers))
     for row, journey in enumerate(journeys):

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from src.journeys import measures
 from src.journeys.sample import Sample
 
-# First token positions of the buckets in `positions.csv`; the last one is open.
-POSITION_BUCKETS = (0, 1, 4, 16, 64, 256)
+# First token positions of the buckets in `positions.csv`, and what those are called; the last one is open.
+POSITION_BUCKETS = {0: "0", 1: "1-3", 4: "4-15", 16: "16-63", 64: "64-255", 256: "256+"}
 # Bins of equal width from 0 to 1 in `gate_histogram.csv`.
 HISTOGRAM_BINS = 100
 # Journeys of each domain that `example_journeys.npz` keeps, for drawing single ones.
@@ -165,14 +165,10 @@ def _gate_tables(sample: Sample, settings: Settings) -> tuple[dict, dict, list[d
         "count": binned.ravel(),
     }
     pooled = [
-        {
-            "rank": rank + 1,
-            "mean": statistics["mean"][0, rank],
-            "std": statistics["std"][0, rank],
-            "percent_above": 100 * statistics["share_above"][0, rank],
-            "threshold": settings.high_confidence,
-        }
-        for rank in range(slots)
+        {"rank": rank, "mean": mean, "std": std, "percent_above": 100 * above, "threshold": settings.high_confidence}
+        for rank, mean, std, above in zip(
+            ranks, *(statistics[name][0] for name in ("mean", "std", "share_above")), strict=True
+        )
     ]
     return confidence, histogram, pooled
 
@@ -366,21 +362,14 @@ def _token_tables(sample: Sample, settings: Settings, columns: np.ndarray, path_
 
 def _position_tables(sample: Sample, columns: np.ndarray, unique: np.ndarray) -> dict[str, dict]:
     """positions (by bucket of POSITION_BUCKETS) and positions_by_layer: each bucket against all other positions."""
-    buckets = np.searchsorted(POSITION_BUCKETS, sample.token_idx, side="right") - 1
+    buckets = np.searchsorted(list(POSITION_BUCKETS), sample.token_idx, side="right") - 1
     size = len(POSITION_BUCKETS)
     counts = measures.group_counts(columns, sample.num_experts, buckets, size)
     distance = measures.js_distance(counts, counts.sum(axis=0) - counts)
     sums, _, decisions = measures.group_gates(sample.experts, sample.gating_probs, buckets, size, 1.0)
     tokens = np.bincount(buckets, minlength=size)
     kept = np.flatnonzero(tokens)
-    stops = [*(first - 1 for first in POSITION_BUCKETS[1:]), None]
-    names = np.array(
-        [
-            f"{first}+" if stop is None else str(first) if stop == first else f"{first}-{stop}"
-            for first, stop in zip(POSITION_BUCKETS, stops, strict=True)
-        ],
-        dtype=object,
-    )
+    names = np.array(list(POSITION_BUCKETS.values()), dtype=object)
     num_layers = len(columns)
     with np.errstate(invalid="ignore", divide="ignore"):
         positions = {
