@@ -106,30 +106,30 @@ def train(session: Session, sidecars: SidecarSettings, layers: list[int], folder
         f"frozen model in {'bfloat16 autocast' if bf16 else str(model.dtype).removeprefix('torch.')}, "
         f"validation on {validation.size:,} tokens of calibration text"
     )
-    common = {"train": train_windows, "validation": validation, "folder": folder}
-    common["checkpoints"] = session.folder / "distillation-checkpoints"
+    checkpoints = session.folder / "distillation-checkpoints"
+    run = distill.Distillation(model, train_windows, validation, folder, checkpoints)
     rows = []
     if arguments.steps_a:
         stage = training(arguments, arguments.steps_a, arguments.lr_a, bf16)
         first = sorted({*resolve_layers(arguments.stage_a_layers, len(decoder_layers(model))), *layers})
-        estimate = distill.estimate_stage_a(model, first, sidecars, train_windows, stage, alone)
+        seconds, gigabytes = distill.estimate_stage_a(model, first, sidecars, train_windows, stage, alone)
         print(
             f"stage A: {len(first)} layers{', one at a time' if alone else ' together'}, {stage.steps} steps "
             f"of {arguments.batch_sequences} x {arguments.sequence_tokens} tokens\n"
             f"{memory_estimate(model, arguments.batch_sequences * arguments.sequence_tokens)}, training "
-            f"{estimate.gigabytes:.2f} GB; time estimate {estimate.seconds / 60:.1f} min without validation",
+            f"{gigabytes:.2f} GB; time estimate {seconds / 60:.1f} min without validation",
             flush=True,
         )
-        rows += distill.train_stage_a(model, first, sidecars, settings=stage, one_at_a_time=alone, **common)
+        rows += distill.train_stage_a(run, first, sidecars, stage, one_at_a_time=alone)
     if arguments.steps_b:
         print(f"stage B: layers {layers} end to end, {arguments.steps_b} steps", flush=True)
         stage = training(arguments, arguments.steps_b, arguments.lr_b, bf16)
-        rows += distill.train_stage_b(model, layers, settings=stage, **common)
+        rows += distill.train_stage_b(run, layers, stage)
     if arguments.steps_gate:
         best = "b" if set(layers) <= set(available_layers(folder, "b")) else "a"
         print(f"learned gate: layers {layers} before stage {best.upper()} sidecars, {arguments.steps_gate} steps")
         stage = training(arguments, arguments.steps_gate, arguments.lr_gate, bf16)
-        rows += distill.train_learned_gate(model, layers, arguments.gate_share, settings=stage, stage=best, **common)
+        rows += distill.train_learned_gate(run, layers, arguments.gate_share, stage, best)
     return rows
 
 

@@ -77,10 +77,8 @@ def run(arguments, window_tokens: int) -> None:
     ]
     chosen = ablations.variants(model, study.layers, sidecar, arguments.steps_a, arguments.steps_b, names)
     trainings = {variant.folder: variant for variant in chosen}
-    estimate = distill.estimate_stage_a(
-        model, study.layers, sidecar, protocol.train, protocol.stage_a, one_at_a_time=False
-    )
-    per_step = estimate.seconds / protocol.stage_a.steps
+    seconds, _ = distill.estimate_stage_a(model, study.layers, sidecar, protocol.train, protocol.stage_a)
+    per_step = seconds / protocol.stage_a.steps
     steps = sum(variant.steps_a + 3 * variant.steps_b for variant in trainings.values())
     print(
         f"{len(trainings)} trainings for {len(chosen)} variants; time estimate, less what is there already: at most "

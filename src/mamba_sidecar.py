@@ -14,7 +14,7 @@
 """
 
 from src.hybrid.attach import attach_mamba_sidecar, detach_mamba_sidecars
-from src.hybrid.calibration import activation_cutoffs, calibrate_gates
+from src.hybrid.calibration import calibrate_gates
 from src.hybrid.checkpoints import (
     available_layers,
     base_fingerprint,
@@ -52,7 +52,7 @@ from src.hybrid.sidecar import MambaSidecar, SidecarSettings, mamba_kernels
 
 __all__ = [
     "ActivationGate", "FixedGate", "GateRecord", "GatedHybridLayer", "LearnedGate", "MambaSidecar", "MaskGate",
-    "RandomGate", "RoutingGate", "SidecarAttachment", "SidecarSettings", "activation_cutoffs", "attach_mamba_sidecar",
+    "RandomGate", "RoutingGate", "SidecarAttachment", "SidecarSettings", "attach_mamba_sidecar",
     "attachment_of", "available_layers", "base_fingerprint", "base_logits", "bypass_sidecars", "calibrate_gates",
     "check_base", "detach_mamba_sidecars", "is_attached", "load_learned_gates", "load_sidecars", "mamba_kernels",
     "matched_random_masks", "read_index", "record_gates", "save_learned_gates", "save_sidecar", "save_sidecars",

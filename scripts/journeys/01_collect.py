@@ -62,7 +62,7 @@ from accelerate.utils import broadcast_object_list
 
 from src.base import results
 from src.journeys import collection, records, shards, store
-from src.models.loading import resolve_device, resolve_dtype, resolve_model_path
+from src.models.loading import resolve_device, resolve_dtype, resolve_model_path, weights_sha256
 
 SUMMARY = "collection.json"
 EXPORT_FOLDER, EXPORT_FILE = "routing_data_collected", "routing_rows.jsonl"
@@ -97,7 +97,7 @@ def collect(arguments, folder: Path, state: PartialState) -> tuple[dict, str, st
     target = resolve_device("auto" if arguments.device_map else shards.process_device(arguments, state))
     device, dtype = target.type, str(resolve_dtype(arguments.dtype, target)).removeprefix("torch.")
     problem_sets = load_problem_sets(arguments, folder, state)
-    sha256 = collection.weights_sha256(arguments.model, arguments.cache_dir)
+    sha256 = weights_sha256(arguments.model, arguments.cache_dir)
     runs = [shards.run_of(arguments, problem_set, sha256, device, dtype) for problem_set in problem_sets]
     if state.is_main_process:
         for problem_set, run in zip(problem_sets, runs, strict=True):

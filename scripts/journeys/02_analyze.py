@@ -100,7 +100,7 @@ def main(arguments) -> None:
         started, "cpu", "float64",
     )  # fmt: skip
     clock = time.perf_counter()
-    files = tables.analyze(sample, settings, progress=len(journeys.experts) > 500_000)
+    files = tables.analyze(sample, settings)
     seconds = time.perf_counter() - clock
     written = [write(folder / name, content, meta) for name, content in files.items()]
     show(files)

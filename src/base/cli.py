@@ -41,18 +41,18 @@ def whole(least: int) -> Callable[[str], int]:
     return read
 
 
-def number(low: float, high: float, open_low: bool = False, open_high: bool = False) -> Callable[[str], float]:
-    """A reader of numbers between `low` and `high`; the bounds themselves are allowed unless they are open."""
+def number(low: float, high: float, bounds: bool = True) -> Callable[[str], float]:
+    """A reader of numbers between `low` and `high`, with the bounds themselves or without."""
 
     def read(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        inside = (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
+        inside = low <= value <= high if bounds else low < value < high
         if not inside:  # NaN is not inside anything
-            bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-            raise argparse.ArgumentTypeError(f"{text} lies outside {bounds}")
+            shown = f"[{low:g}, {high:g}]" if bounds else f"({low:g}, {high:g})"
+            raise argparse.ArgumentTypeError(f"{text} lies outside {shown}")
         return value
 
     return read
@@ -83,8 +83,9 @@ def layer_set(text: str) -> str:
     return text
 
 
-POSITIVE = number(0.0, math.inf, open_low=True, open_high=True)
-SHARE = number(0.0, 1.0, open_low=True, open_high=True)
+POSITIVE = number(0.0, math.inf, bounds=False)
+SHARE = number(0.0, 1.0, bounds=False)
+FRACTION = number(0.0, 1.0)
 PERCENT = number(0.0, 100.0)
 # Those of src/journeys/predictors.py, which takes a second to import.
 PREDICTORS = (
@@ -92,6 +93,7 @@ PREDICTORS = (
     "linear_probe", "mlp_probe",
 )  # fmt: skip
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+AUTO = ("auto", "yes", "no")
 
 
 @dataclass(frozen=True)
@@ -121,67 +123,47 @@ FLAGS: dict[str, Flag] = {
     "output_dir": Flag("The root folder of all results.", "OUTPUT_DIR", Path, metavar="FOLDER"),
     "cache_dir": Flag("The folder in which downloads are kept.", "MODEL_CACHE_DIR", Path, metavar="FOLDER"),
     "max_memory_gb": Flag("GB of GPU memory that the weights may take.", "MAX_MEMORY_GB", POSITIVE),
-    "use_8bit_fallback": Flag(
-        "Whether to load in 8 bit where the weights do not fit otherwise: yes or no.", "USE_8BIT_FALLBACK", yes_or_no
-    ),
+    "use_8bit_fallback": Flag("Whether to load in 8 bit where the weights do not fit otherwise: yes or no.",
+                              "USE_8BIT_FALLBACK", yes_or_no),
     "restart": Flag("Compute everything again, also what an earlier run left.", None, bool),
     # text
     "dataset": Flag("The text: mixed, docs, code, math, story, wikitext, or a .txt or .jsonl file.", "EVAL_DATASET"),
     "documents": Flag("The number of evaluation documents.", "MAX_EVAL_SAMPLES", whole(1)),
-    "calibration_documents": Flag(
-        "The number of documents that choices are made on, none of which is scored.", "CALIBRATION_SAMPLES", whole(1)
-    ),
+    "calibration_documents": Flag("The number of documents that choices are made on, none of which is scored.",
+                                  "CALIBRATION_SAMPLES", whole(1)),
     "document_tokens": Flag("Tokens kept of a document, its beginning.", "MAX_EVAL_DOCUMENT_TOKENS", whole(3)),
     "window_tokens": Flag("Tokens of a scoring window, within the model's context.", "MAX_SEQ_LEN", whole(3)),
-    "oom_window_tokens": Flag(
-        "Tokens of a window in the second attempt, after running out of GPU memory.", "OOM_SEQ_LEN_FALLBACK", whole(3)
-    ),
+    "oom_window_tokens": Flag("Tokens of a window in the second attempt, after running out of GPU memory.",
+                              "OOM_SEQ_LEN_FALLBACK", whole(3)),
     "stride": Flag("Tokens between the starts of two scoring windows.", "EVAL_STRIDE", whole(1)),
     "batch_windows": Flag("Full windows in one forward pass.", "EVAL_BATCH_SIZE", whole(1)),
     "resamples": Flag("Bootstrap resamples behind every interval.", "BOOTSTRAP_RESAMPLES", whole(1)),
-    "confidence_level": Flag(
-        "The level of every interval: 0.95 gives 95 % intervals.", "CONFIDENCE_LEVEL",
-        number(0.0, 1.0, open_low=True, open_high=True),
-    ),
-    "rank_resamples": Flag(
-        "Bootstrap resamples behind the intervals of rank correlations.", "RANK_RESAMPLES", whole(1)
-    ),
+    "confidence_level": Flag("The level of every interval: 0.95 gives 95 % intervals.", "CONFIDENCE_LEVEL", SHARE),
+    "rank_resamples": Flag("Bootstrap resamples behind the intervals of rank correlations.",
+                           "RANK_RESAMPLES", whole(1)),
     "new_tokens": Flag("Tokens generated after each prompt.", "MAX_NEW_TOKENS", whole(1)),
     "prompts": Flag("Prompts in place of TEST_PROMPTS.", None, nargs="+", metavar="TEXT"),
     "prompt_file": Flag("A text file with a prompt on each line, in place of TEST_PROMPTS.", None, Path),
     # layers, sidecars and gates
     "layers": Flag("The layers: all, middle, first_half, last_half, or 4,5,6.", "TARGET_LAYERS", layer_set),
     "weights": Flag("Show statistics of the weights of these layers too.", None, bool),
-    "sidecar_dir": Flag(
-        "The folder of distilled sidecars; by default the run's own, else the shipped ones.", None, Path,
-        metavar="FOLDER",
-    ),
-    "stage": Flag(
-        "The stage of the sidecars; auto takes b, which was trained end to end, where there is one.", "SIDECAR_STAGE",
-        choices=("auto", "a", "b"),
-    ),
-    "alphas": Flag(
-        "Mamba shares from 0 (attention only) to 1 (Mamba only), separated by commas.", "ALPHA_SWEEP",
-        listed(number(0.0, 1.0)),
-    ),
-    "together": Flag(
-        "How many of the safest layers are replaced together, separated by commas.", "LAYERS_TOGETHER",
-        listed(whole(2)),
-    ),
+    "sidecar_dir": Flag("The folder of distilled sidecars; by default the run's own, else the shipped ones.",
+                        None, Path, metavar="FOLDER"),
+    "stage": Flag("The stage of the sidecars; auto takes b, which was trained end to end, where there is one.",
+                  "SIDECAR_STAGE", choices=("auto", "a", "b")),
+    "alphas": Flag("Mamba shares from 0 (attention only) to 1 (Mamba only), separated by commas.",
+                   "ALPHA_SWEEP", listed(FRACTION)),
+    "together": Flag("How many of the safest layers are replaced together, separated by commas.",
+                     "LAYERS_TOGETHER", listed(whole(2))),
     "shares": Flag("Mean Mamba shares at which gates are compared, separated by commas.", "GATE_SHARES", listed(SHARE)),
     "signal": Flag("The router that routing gates read.", "GATE_SIGNAL", choices=("previous", "lookahead")),
-    "threshold": Flag(
-        "The sparsity from which the uncalibrated routing gate sends a token to Mamba.", "SPARSITY_THRESHOLD",
-        number(0.0, 1.0),
-    ),
+    "threshold": Flag("The sparsity from which the uncalibrated routing gate sends a token to Mamba.",
+                      "SPARSITY_THRESHOLD", FRACTION),
     "temperature": Flag("The width of soft gates, in units of sparsity.", "GATE_TEMPERATURE", POSITIVE),
-    "temperatures": Flag(
-        "Further widths of soft gates, at the verdict's share, separated by commas.", "GATE_TEMPERATURES",
-        listed(POSITIVE),
-    ),
-    "mask_seeds": Flag(
-        "Seeds of the masks that are drawn at random, separated by commas.", "RANDOM_GATE_SEEDS", listed(whole(0))
-    ),
+    "temperatures": Flag("Further widths of soft gates, at the verdict's share, separated by commas.",
+                         "GATE_TEMPERATURES", listed(POSITIVE)),
+    "mask_seeds": Flag("Seeds of the masks that are drawn at random, separated by commas.",
+                       "RANDOM_GATE_SEEDS", listed(whole(0))),
     # distillation
     "stage_a_layers": Flag("The layers that get a stage A sidecar.", "STAGE_A_LAYERS", layer_set),
     "retrain": Flag("Distil anew; an interrupted run with the same settings goes on.", None, bool),
@@ -190,10 +172,8 @@ FLAGS: dict[str, Flag] = {
     "d_conv": Flag("Tokens that the sidecars' convolution sees.", "MAMBA_D_CONV", whole(1)),
     "expand": Flag("The sidecars' inner width over the model's.", "MAMBA_EXPAND", whole(1)),
     "headdim": Flag("The width of a head of the sidecars.", "MAMBA_HEADDIM", whole(1)),
-    "init": Flag(
-        "How sidecars start: at random, or from the layer's own attention.", "MAMBA_INIT",
-        choices=("random", "attention"),
-    ),
+    "init": Flag("How sidecars start: at random, or from the layer's own attention.",
+                 "MAMBA_INIT", choices=("random", "attention")),
     "sequence_tokens": Flag("Tokens of a training sequence.", "DISTILL_SEQ_LEN", whole(2)),
     "batch_sequences": Flag("Training sequences in one optimiser step.", "DISTILL_BATCH_SIZE", whole(1)),
     "steps_a": Flag("Optimiser steps of stage A; 0 keeps the stage A that is there.", "DISTILL_STEPS_A", whole(0)),
@@ -204,54 +184,36 @@ FLAGS: dict[str, Flag] = {
     "lr_gate": Flag("The peak learning rate of the learned gate.", "DISTILL_LR_GATE", POSITIVE),
     "gate_share": Flag("The mean Mamba share that the learned gate is trained for.", "LEARNED_GATE_SHARE", SHARE),
     "train_sequences": Flag("Training sequences in the pool that steps draw from.", "DISTILL_TRAIN_WINDOWS", whole(1)),
-    "validation_sequences": Flag(
-        "Sequences behind the validation loss.", "DISTILL_VALIDATION_WINDOWS", whole(1)
-    ),
-    "one_layer_at_a_time": Flag(
-        "Whether stage A trains one layer at a time, in little memory; auto does for large models.",
-        "DISTILL_ONE_LAYER_AT_A_TIME", choices=("auto", "yes", "no"),
-    ),
-    "bf16": Flag(
-        "Whether a frozen float32 model runs in bfloat16 while sidecars train; auto does where that is fast.",
-        "DISTILL_BF16", choices=("auto", "yes", "no"),
-    ),
-    "recovery_documents": Flag(
-        "Calibration documents on which the sidecars' recovery is measured.", "RECOVERY_SAMPLES", whole(1)
-    ),
+    "validation_sequences": Flag("Sequences behind the validation loss.", "DISTILL_VALIDATION_WINDOWS", whole(1)),
+    "one_layer_at_a_time": Flag("Whether stage A trains layer by layer, in little memory; auto does for large models.",
+                                "DISTILL_ONE_LAYER_AT_A_TIME", choices=AUTO),
+    "bf16": Flag("Whether a frozen float32 model runs in bfloat16 while sidecars train; auto does where that is fast.",
+                 "DISTILL_BF16", choices=AUTO),
+    "recovery_documents": Flag("Calibration documents on which the sidecars' recovery is measured.",
+                               "RECOVERY_SAMPLES", whole(1)),
     # journeys: collecting
-    "datasets": Flag(
-        "The problems: humaneval, gsm8k (generated where the hub is out of reach), gsm_symbolic, or .txt and .jsonl "
-        "files.", "JOURNEY_DATASETS", nargs="+", metavar="NAME",
-    ),
+    "datasets": Flag("The problems: humaneval, gsm8k (generated where the hub is out of reach), gsm_symbolic, or .txt "
+                     "and .jsonl files.", "JOURNEY_DATASETS", nargs="+", metavar="NAME"),
     "problems": Flag("The number of problems of each data set.", "JOURNEY_PROBLEMS", whole(1)),
     "prompt_tokens": Flag("Tokens kept of a prompt, its beginning.", "JOURNEY_MAX_TOKENS", whole(1)),
-    "generate": Flag(
-        "Tokens generated after each prompt, whose journeys are kept too.", "JOURNEY_GENERATE", whole(0)
-    ),
+    "generate": Flag("Tokens generated after each prompt, whose journeys are kept too.", "JOURNEY_GENERATE", whole(0)),
     "top_k": Flag("Experts kept of each token of a BlockFFN; other models choose as many as they do.", None, whole(1)),
-    "hidden_problems": Flag(
-        "Keep the router inputs of the first N problems of each data set; 0 keeps none.", None, whole(0), metavar="N"
-    ),
-    "hidden_dtype": Flag(
-        "The number format of router inputs; auto is float32 for a float32 model, whose near ties float16 would swap.",
-        "JOURNEY_HIDDEN_DTYPE", choices=("auto", "float16", "float32"),
-    ),
+    "hidden_problems": Flag("Keep the router inputs of the first N problems of each data set; 0 keeps none.",
+                            None, whole(0), metavar="N"),
+    "hidden_dtype": Flag("The number format of router inputs; auto is float32 for a float32 model, whose near ties "
+                         "float16 would swap.", "JOURNEY_HIDDEN_DTYPE", choices=("auto", "float16", "float32")),
     "batch_problems": Flag("Problems in one forward pass.", "JOURNEY_BATCH_PROBLEMS", whole(1)),
-    "shard_problems": Flag("Problems in one file, which is what an interruption can cost.", "JOURNEY_SHARD_PROBLEMS",
-                           whole(1)),
+    "shard_problems": Flag("Problems in one file, which is what an interruption can cost.",
+                           "JOURNEY_SHARD_PROBLEMS", whole(1)),
     "engine": Flag("What runs the model.", "JOURNEY_ENGINE", choices=("transformers", "vllm")),
     "tensor_parallel_size": Flag("GPUs that vLLM splits the model over.", None, whole(1)),
     "device_map": Flag("Spread a large model over all GPUs and host memory.", None, choices=("auto",)),
-    "export": Flag(
-        "Write one file for each token as well, or one file of all rows.", None, choices=("tokens", "rows"), nargs="?",
-        const="tokens",
-    ),
+    "export": Flag("Write one file for each token as well, or one file of all rows.",
+                   None, choices=("tokens", "rows"), nargs="?", const="tokens"),
     "import_from": Flag("Store these records, a .jsonl file or a folder, instead of running a model.", None, Path),
     # journeys: reading
-    "input": Flag(
-        "Read these records instead of the collected ones: a .jsonl file of (token, layer) rows, a folder of files "
-        "p<problem>_token_<idx>.jsonl or of such folders, or a store.", None, Path,
-    ),
+    "input": Flag("Read these records instead of the collected ones: a .jsonl file of (token, layer) rows, a folder of "
+                  "files p<problem>_token_<idx>.jsonl or of such folders, or a store.", None, Path),
     "limit": Flag("Token files read of each folder of --input, in the order of their names.", None, whole(1)),
     "strict": Flag("Stop at a faulty record instead of leaving it out.", None, bool),
     "num_experts": Flag("Experts of the model behind the records; found in them unless given.", None, whole(1)),
@@ -259,69 +221,46 @@ FLAGS: dict[str, Flag] = {
     "permutations": Flag("Permutations behind p-values.", "JOURNEY_PERMUTATIONS", whole(1)),
     "top": Flag("Paths listed of each length, the most common ones.", "JOURNEY_TOP_PATHS", whole(1)),
     "top_tokens": Flag("Tokens listed, the most frequent ones.", "JOURNEY_TOP_TOKENS", whole(1)),
-    "high_confidence": Flag(
-        "The gate probability above which a decision counts as confident.", "JOURNEY_HIGH_CONFIDENCE", number(0.0, 1.0)
-    ),
-    "dominant_percent": Flag(
-        "The usage above which an expert of a layer is listed.", "JOURNEY_DOMINANT_PERCENT", PERCENT
-    ),
-    "strong_percent": Flag(
-        "The probability above which a transition is listed.", "JOURNEY_STRONG_PERCENT", PERCENT
-    ),
-    "low_accuracy_percent": Flag(
-        "The accuracy under which looking further ahead counts as lost.", "JOURNEY_LOW_ACCURACY_PERCENT", PERCENT
-    ),
-    "domain_percent": Flag(
-        "The difference in usage above which an expert prefers a domain.", "JOURNEY_DOMAIN_PERCENT", PERCENT
-    ),
+    "high_confidence": Flag("The gate probability above which a decision counts as confident.",
+                            "JOURNEY_HIGH_CONFIDENCE", FRACTION),
+    "dominant_percent": Flag("The usage above which an expert of a layer is listed.",
+                             "JOURNEY_DOMINANT_PERCENT", PERCENT),
+    "strong_percent": Flag("The probability above which a transition is listed.", "JOURNEY_STRONG_PERCENT", PERCENT),
+    "low_accuracy_percent": Flag("The accuracy under which looking further ahead counts as lost.",
+                                 "JOURNEY_LOW_ACCURACY_PERCENT", PERCENT),
+    "domain_percent": Flag("The difference in usage above which an expert prefers a domain.",
+                           "JOURNEY_DOMAIN_PERCENT", PERCENT),
     # journeys: predicting
-    "predictors": Flag(
-        f"The predictors to run, of {', '.join(PREDICTORS)}; by default all that the data allow.", None,
-        choices=PREDICTORS, nargs="+", metavar="NAME",
-    ),
+    "predictors": Flag(f"The predictors to run, of {', '.join(PREDICTORS)}; by default all that the data allow.",
+                       None, choices=PREDICTORS, nargs="+", metavar="NAME"),
     "hops": Flag("Layers ahead that experts are predicted, separated by commas.", "PREDICT_HOPS", listed(whole(1))),
-    "split": Flag(
-        "How problems are divided: problems is honest; rows fits every predictor on a leaky split as well, both only "
-        "those of --row-predictors.", "PREDICT_SPLIT", choices=("problems", "rows", "both"),
-    ),
-    "row_predictors": Flag(
-        "The predictors that --split both fits on the leaky split.", "PREDICT_ROW_PREDICTORS",
-        choices=PREDICTORS, nargs="+", metavar="NAME",
-    ),
+    "split": Flag("How problems are divided: problems is honest; rows fits every predictor on a leaky split as well, "
+                  "both only those of --row-predictors.", "PREDICT_SPLIT", choices=("problems", "rows", "both")),
+    "row_predictors": Flag("The predictors that --split both fits on the leaky split.",
+                           "PREDICT_ROW_PREDICTORS", choices=PREDICTORS, nargs="+", metavar="NAME"),
     "predictor_seeds": Flag("Runs of each predictor, which are averaged.", "PREDICT_SEEDS", whole(1)),
-    "tune": Flag(
-        "Search the setting of mlp_tuned first, among so many networks.", None, whole(1), metavar="NETWORKS",
-    ),
+    "tune": Flag("Search the setting of mlp_tuned first, among so many networks.", None, whole(1), metavar="NETWORKS"),
     "train_rows": Flag("Cells in one epoch of a network.", "PREDICT_TRAIN_ROWS", whole(2)),
     "epochs": Flag("Epochs of a network at most.", "PREDICT_EPOCHS", whole(1)),
     "validation_rows": Flag("Cells that choices are made on.", "PREDICT_VALIDATION_ROWS", whole(1)),
-    "xgboost_values": Flag(
-        "Cells times experts that XGBoost trains on: it grows one tree for each expert and round.",
-        "PREDICT_XGBOOST_VALUES", whole(1),
-    ),
+    "xgboost_values": Flag("Cells times experts that XGBoost trains on: it grows one tree for each expert and round.",
+                           "PREDICT_XGBOOST_VALUES", whole(1)),
     "xgboost_rounds": Flag("Rounds of XGBoost at most.", "PREDICT_XGBOOST_ROUNDS", whole(1)),
     "cache_tokens": Flag("Tokens of the simulated cache; 0 simulates none.", "CACHE_TOKENS", whole(0)),
-    "cache_capacities": Flag(
-        "Experts held of each layer, separated by commas; by default eighths of all.", None, listed(whole(0))
-    ),
-    "bandwidths": Flag(
-        "Bandwidths of the link to host memory in GB/s; tables show the first.", "CACHE_BANDWIDTHS_GB_S", POSITIVE,
-        nargs="+",
-    ),
-    "cache_model": Flag(
-        "Whose shapes the simulated cache has, in 4 bits on an RTX 3060: Mixtral's, or those of the collected model.",
-        "CACHE_MODEL", choices=("mixtral-8x7b", "own"),
-    ),
+    "cache_capacities": Flag("Experts held of each layer, separated by commas; by default eighths of all.",
+                             None, listed(whole(0))),
+    "bandwidths": Flag("Bandwidths of the link to host memory in GB/s; tables show the first.",
+                       "CACHE_BANDWIDTHS_GB_S", POSITIVE, nargs="+"),
+    "cache_model": Flag("Whose shapes the simulated cache has, in 4 bits on an RTX 3060: Mixtral's, or those of the "
+                        "collected model.", "CACHE_MODEL", choices=("mixtral-8x7b", "own")),
     "expert_mb": Flag("The size of an expert in 1e6 bytes, in place of --cache-model's.", None, POSITIVE),
     "compute_ms": Flag("Milliseconds that a layer computes for a token, in place of --cache-model's.", None, POSITIVE),
     # measuring speed
     "repeats": Flag("Rounds in which what is compared runs in turns.", None, whole(1)),
     "journeys": Flag("The number of random journeys.", None, whole(2)),
     "no_loops": Flag("Leave the loops out, which take long for many journeys.", None, bool),
-    "save": Flag(
-        "Write the figures and their provenance too, to <command>.json in this folder.", None, Path, nargs="?",
-        metavar="FOLDER", const=str(REPOSITORY / "docs" / "results" / "benchmarks"),
-    ),
+    "save": Flag("Write the figures and their provenance too, to <command>.json in this folder.",
+                 None, Path, nargs="?", metavar="FOLDER", const=str(REPOSITORY / "docs" / "results" / "benchmarks")),
 }  # fmt: skip
 MODEL_FLAGS = ("model", "device", "dtype", "cache_dir", "max_memory_gb", "use_8bit_fallback")
 RUN_FLAGS = ("quick", "seed", "output_dir")
@@ -381,34 +320,36 @@ def parse(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     names = [name for name in FLAGS if name in {*names}]
-    quick = config.QUICK or "--quick" in argv
+    given = _given(argv)
+    quick = config.QUICK or "quick" in given
     wanted = {name: FLAGS[name].setting for name in names} | dict(settings or {})
-    model = _peek(argv, "model") or (getattr(config, wanted["model"]) if wanted.get("model") else "")
-    values = {name: setting(config, key, model, quick) for name, key in wanted.items() if key}
-    values |= dict(defaults or {})
+    model = given.get("model") or (getattr(config, wanted["model"]) if wanted.get("model") else "")
+    values = {name: False if FLAGS[name].read is bool else None for name in names}
+    values |= {name: setting(config, key, model, quick) for name, key in wanted.items() if key} | dict(defaults or {})
     parser = Parser(description.strip())
     for name in names:
-        _add(parser, name, values.get(name))
-    arguments = parser.parse_args(argv)
-    given = set(vars(arguments))
-    for name in names:
-        if name not in given:
-            setattr(arguments, name, values.get(name, False if FLAGS[name].read is bool else None))
-    arguments.given = given
-    return arguments
+        _add(parser, name, values[name])
+    given = vars(parser.parse_args(argv))
+    others = {name: values[name] for name in names if name not in given}
+    return argparse.Namespace(**given, **others, given=set(given))
+
+
+def _option(name: str) -> str:
+    """`output_dir` -> `--output-dir`."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _add(parser: argparse.ArgumentParser, name: str, default: Any) -> None:
     """Add one flag; what was not given stays out of the namespace, so that `parse` can tell."""
     flag = FLAGS[name]
-    option, shown = f"--{name.replace('_', '-')}", flag.help.replace("%", "%%")
+    option, shown = _option(name), flag.help.replace("%", "%%")
     if flag.read is bool:
         parser.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=shown)
         return
     if default is not None:
-        text = ",".join(map(str, default)) if isinstance(default, list) and flag.nargs is None else default
-        text = " ".join(map(str, text)) if isinstance(text, list) else text
-        shown += f" (default: {text})".replace("%", "%%")
+        if isinstance(default, list):
+            default = ("," if flag.nargs is None else " ").join(map(str, default))
+        shown += f" (default: {default})".replace("%", "%%")
     # A flag of several values may be repeated: none of them is lost.
     parser.add_argument(
         option, action="extend" if flag.nargs == "+" else "store", type=flag.read, choices=flag.choices,
@@ -416,21 +357,20 @@ def _add(parser: argparse.ArgumentParser, name: str, default: Any) -> None:
     )  # fmt: skip
 
 
-def _peek(argv: Sequence[str], name: str) -> str | None:
-    """The value of a flag, before the parser that reads it properly is made; None where it is not there."""
-    for index, word in enumerate(argv):
-        if word == f"--{name}":
-            return argv[index + 1] if index + 1 < len(argv) else None
-        if word.startswith(f"--{name}="):
-            return word.partition("=")[2]
-    return None
+def _given(argv: Sequence[str]) -> dict[str, str | bool]:
+    """Those of the flags REPEATED that stand on a command line, by name, whatever other flags it has."""
+    reader = Parser(add_help=False)
+    for name in REPEATED:
+        action = "store_true" if FLAGS[name].read is bool else "store"
+        reader.add_argument(_option(name), action=action, default=argparse.SUPPRESS)
+    return vars(reader.parse_known_args(argv)[0])
 
 
 def refuse(arguments: argparse.Namespace, names: Sequence[str], reason: str) -> None:
     """Raise UserError where one of these flags was given although it has no effect in this run; `reason` says why."""
     for name in names:
         if name in arguments.given:
-            raise UserError(f"--{name.replace('_', '-')} has no effect here: {reason}")
+            raise UserError(f"{_option(name)} has no effect here: {reason}")
 
 
 def recorded(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -444,16 +384,11 @@ def repeated_flags(argv: Sequence[str] | None = None, unknown: Sequence[str] = (
 
     The flags `unknown`, which the command to come does not have, are left out.
     """
-    reader = Parser(add_help=False)
-    for name in REPEATED:
-        action = {"action": "store_true"} if FLAGS[name].read is bool else {}
-        reader.add_argument(f"--{name.replace('_', '-')}", dest=name, default=None, **action)
-    given, _ = reader.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    given = _given(sys.argv[1:] if argv is None else argv)
     words = []
     for name in REPEATED:
-        value = getattr(given, name)
-        if value is not None and name not in unknown:
-            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [shlex.quote(value)])
+        if name in given and name not in unknown:
+            words += [_option(name)] if given[name] is True else [_option(name), shlex.quote(given[name])]
     return words
 
 
@@ -503,10 +438,8 @@ def run_main(main: Callable[[], Any]) -> Any:
 def _raised_by_repository(error: BaseException) -> bool:
     """Whether a `raise` statement in this repository's own files raised `error` (not a library, not a builtin)."""
     trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
+    while trace.tb_next is not None:
         trace = trace.tb_next
-    if trace is None:
-        return False
     code = trace.tb_frame.f_code
     # argparse types and the like are called from libraries; what counts is the innermost frame.
     file = Path(code.co_filename).resolve()

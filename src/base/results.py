@@ -1,8 +1,7 @@
-"""Result files: atomic, reproducible writes with provenance.
+"""Result files: atomic, reproducible writes with provenance in `x.meta.json` beside every file `x`.
 
-Every result file `x` is written together with `x.meta.json` (resolved arguments, model and data identity, seeds, git
-commit, package versions, device, dtype, wall time). Bytes depend on the content alone: the same seed gives the same
-files, apart from TIMING_COLUMNS and the meta files' own times.
+Bytes depend on the content alone: the same seed gives the same files, apart from TIMING_COLUMNS and the meta files' own
+times.
 """
 
 import contextlib
@@ -56,13 +55,7 @@ def output_dir(root: str | os.PathLike, model: str | os.PathLike, quick: bool = 
 
 
 def run_meta(
-    arguments: dict,
-    model: dict | None,
-    data: dict | None,
-    seeds: dict,
-    started: float,
-    device: object,
-    dtype: object,
+    arguments: dict, model: dict | None, data: dict | None, seeds: dict, started: float, device: object, dtype: object
 ) -> dict:
     """Provenance of a run, to be passed to the write functions (which fill in `wall_seconds` as they write).
 
@@ -70,10 +63,6 @@ def run_meta(
     Paths inside the repository are recorded relative to it, so that committed results name no machine.
     """
     commit, dirty = _git_state()
-    packages = {}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            packages[name] = metadata.version(name)
     return {
         "arguments": jsonable(arguments),
         "model": jsonable(model),
@@ -82,7 +71,7 @@ def run_meta(
         "git_commit": commit,
         "git_dirty": dirty,
         "python": platform.python_version(),
-        "packages": packages,
+        "packages": installed_versions(PACKAGES),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": _device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -91,43 +80,42 @@ def run_meta(
     }
 
 
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those of the packages that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def _git_state() -> tuple[str | None, bool | None]:
     """(commit, whether tracked files differ from it); (None, None) outside a git checkout or without git."""
     if not (REPOSITORY / ".git").exists():  # an unpacked archive inside some other checkout has no commit of its own
         return None, None
-    run = ("git", "-C", str(REPOSITORY))
+
+    def git(*words: str) -> str:
+        command = ("git", "-C", str(REPOSITORY), *words)
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
     try:
-        commit = subprocess.run(
-            (*run, "rev-parse", "HEAD"), capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        status = subprocess.run(
-            (*run, "status", "--porcelain", "--untracked-files=no"),
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=30,
-        ).stdout
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
         return None, None
-    return commit, bool(status.strip())
 
 
 def _device_name(device: object) -> str:
-    name = str(device)
-    if name.startswith("cuda"):
-        import torch  # a cuda device exists only where torch is loaded already
+    if not str(device).startswith("cuda"):
+        return str(device)
+    import torch  # a cuda device exists only where torch is loaded already
 
-        if torch.cuda.is_available():
-            name = f"{name} ({torch.cuda.get_device_name(device)})"
-    return name
+    return f"{device} ({torch.cuda.get_device_name(device)})"
 
 
 def jsonable(value: Any) -> Any:
     """`value` as plain JSON: numpy -> Python, non-finite -> None, paths -> text (relative inside the repository)."""
-    if isinstance(value, np.ndarray):
+    if isinstance(value, (np.ndarray, np.generic)):
         return jsonable(value.tolist())
-    if isinstance(value, np.generic):
-        return jsonable(value.item())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return jsonable(dataclasses.asdict(value))
     if isinstance(value, dict):
@@ -191,15 +179,15 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def write_npz(path: str | os.PathLike, arrays: dict[str, np.ndarray], meta: dict) -> Path:
-    """Write `arrays` for `numpy.load`, compressed, with fixed time stamps (numpy's own carry the clock), and its meta.
-
-    Raises ValueError for object arrays: reading those would need pickle.
-    """
+    """Write `arrays` for `numpy.load`, compressed, and the meta file. Raises ValueError as `npz_bytes` does."""
     return _write(path, npz_bytes(arrays), meta)
 
 
 def npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
-    """`arrays` as an .npz file whose bytes depend on them alone. Raises ValueError for object arrays."""
+    """`arrays` as an .npz file with fixed time stamps (numpy's own carry the clock): its bytes depend on them alone.
+
+    Raises ValueError for object arrays: reading those would need pickle.
+    """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
@@ -241,9 +229,7 @@ def _write(path: str | os.PathLike, content: bytes, meta: dict) -> Path:
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file, and the folders above it, so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(
-        f".{path.name}.{os.getpid()}.tmp"
-    )  # same folder: os.replace is atomic on one file system
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # os.replace is atomic on one file system
     try:
         with open(temporary, "wb") as file:
             file.write(content)

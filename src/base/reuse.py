@@ -24,7 +24,7 @@ class Pieces:
 
     Attributes:
         reused, computed: labels of the pieces that were there, and of those that were kept in this run.
-        reasons: label -> what differs from the piece of that label that is there, for pieces that no longer fit.
+        reasons: label -> what differs from the piece of that label that is there; empty where there is none.
     """
 
     def __init__(self, folder: str | os.PathLike, common: Mapping[str, Any], restart: bool = False):
@@ -32,25 +32,22 @@ class Pieces:
         self.folder, self.common, self.restart = Path(folder), dict(common), restart
         self.reused: list[str] = []
         self.computed: list[str] = []
-        self.reasons: dict[str, list[str]] = {}
+        self.reasons: dict[str, str] = {}
 
     def find(self, label: str, depends: Mapping[str, Any]) -> dict | None:
         """The content of a piece, or None where it is missing, damaged, or depends on something else by now."""
-        path = self._path(label, depends)
         if not self.restart:
-            content = _read(path, _identity(self._all(depends)))
+            content = _read(self._path(label, depends), _identity(self._all(depends)))
             if content is not None:
                 if label not in self.reused:
                     self.reused.append(label)
                 return content
-        self._explain(label, depends)
+        self.reasons[label] = self._reason(label, depends)
         return None
 
     def keep(self, label: str, depends: Mapping[str, Any], content: Mapping[str, Any]) -> dict:
         """Keep a piece's content, plain JSON; returns it as a later run will read it."""
-        everything = self._all(depends)
-        piece = {"label": label, "depends": everything, "content": content}
-        data = json_bytes(piece)
+        data = json_bytes({"label": label, "depends": self._all(depends), "content": content})
         replace_file(self._path(label, depends), data)
         if label not in self.computed:
             self.computed.append(label)
@@ -65,13 +62,12 @@ class Pieces:
         self, label: str, depends: Mapping[str, Any], compute: Callable[[], Mapping[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
         """Named arrays that are there, else what `compute` gives, which is kept beside the piece as an .npz file."""
-        path = self._path(label, depends)
-        beside = path.with_suffix(".npz")
+        beside = self._path(label, depends).with_suffix(".npz")
         found = self.find(label, depends)
         if found is None or not beside.is_file() or hashlib.sha256(beside.read_bytes()).hexdigest() != found["sha256"]:
             if found is not None:
                 self.reused.remove(label)
-                self.reasons[label] = ["a damaged file"]
+                self.reasons[label] = "a damaged file"
             data = npz_bytes(dict(compute()))
             replace_file(beside, data)
             self.keep(label, depends, {"sha256": hashlib.sha256(data).hexdigest()})
@@ -85,9 +81,9 @@ class Pieces:
             lines.append(f"reused from earlier runs: {len(self.reused)} of {total} measurements")
         changed: dict[str, list[str]] = {}
         for label in self.computed:
-            changed.setdefault(", ".join(self.reasons.get(label, [])), []).append(label)
-        for reasons, labels in changed.items():
-            why = f"computed again, because of {reasons}" if reasons else "computed for the first time"
+            changed.setdefault(self.reasons.get(label, ""), []).append(label)
+        for reason, labels in changed.items():
+            why = f"computed again, because of {reason}" if reason else "computed for the first time"
             more = f" and {len(labels) - SHOWN_LABELS} more" if len(labels) > SHOWN_LABELS else ""
             lines.append(f"{why}: {'; '.join(labels[:SHOWN_LABELS])}{more}")
         return "\n".join(lines)
@@ -96,26 +92,24 @@ class Pieces:
         return jsonable({**self.common, **depends})
 
     def _path(self, label: str, depends: Mapping[str, Any]) -> Path:
-        name = hashlib.sha256(label.encode()).hexdigest()[:12]
-        return self.folder / f"{name}-{_identity(self._all(depends))[:16]}.json"
+        return self.folder / f"{_name(label)}-{_identity(self._all(depends))[:16]}.json"
 
-    def _explain(self, label: str, depends: Mapping[str, Any]) -> None:
-        """Note what differs from the newest piece of this label."""
-        name = hashlib.sha256(label.encode()).hexdigest()[:12]
-        there = sorted(self.folder.glob(f"{name}-*.json"), key=lambda path: path.stat().st_mtime)
-        if not there:
-            return
-        if self.restart:
-            self.reasons[label] = ["--restart"]
-            return
+    def _reason(self, label: str, depends: Mapping[str, Any]) -> str:
+        """What differs from the newest piece of this label; empty where there is none."""
+        there = sorted(self.folder.glob(f"{_name(label)}-*.json"), key=lambda path: path.stat().st_mtime)
+        if not there or self.restart:
+            return "--restart" if there else ""
         try:
             earlier = dict(json.loads(there[-1].read_text(encoding="utf-8"))["depends"])
         except (ValueError, KeyError, TypeError):
-            self.reasons[label] = ["a damaged file"]
-            return
+            return "a damaged file"
         now = self._all(depends)
         differing = sorted(key for key in {*earlier, *now} if earlier.get(key) != now.get(key))
-        self.reasons[label] = [f"other {key.replace('_', ' ')}" for key in differing] or ["a damaged file"]
+        return ", ".join(f"other {key.replace('_', ' ')}" for key in differing) or "a damaged file"
+
+
+def _name(label: str) -> str:
+    return hashlib.sha256(label.encode()).hexdigest()[:12]
 
 
 def _identity(depends: Mapping[str, Any]) -> str:

@@ -1,29 +1,8 @@
 """Uncertainty over documents (problems), never tokens: cluster bootstrap, paired differences, equivalence, p-values,
-Holm's correction, minimum detectable effect, rank correlation. NumPy and SciPy only.
-
-All intervals are of the nonparametric bootstrap that draws whole documents with replacement. `method` names the kind:
-- "percentile" (Efron and Tibshirani 1993, chapter 13), the default: quantiles of the resampled estimates.
-- "studentised" (bootstrap-t; Efron and Tibshirani 1993, section 12.5): each resample's error counts in units of its own
-  standard error. It holds its level with few documents, where the percentile interval is too narrow: that one uses
-  normal quantiles in effect, and a standard error that is too small, the more so the more the documents differ in size.
-
-How often a 95 % interval leaves out the truth (should be 5 %), in 12,000 simulated studies with intra-class correlation
-0.5 and documents whose lengths differ up to tenfold (1,000 resamples; standard error 0.2 points):
-    documents   percentile   studentised
-           40        7.2 %         6.4 %
-           64        6.2 %         5.6 %
-So with 40 documents of such unequal length the percentile interval misses 3.5 .. 6.5 %, and the studentised one keeps
-it, if narrowly (in 750 other simulations 6.5 % with 1,000 resamples and 6.0 % with 10,000).
-
-Paired comparisons also take sums [S, N] of S systems that were trained independently in the same way (sets of sidecars
-from S seeds) and scored on the same N documents. The estimate is the mean over sets, and what another S sets would
-change is in the interval: to each resample's error one draw of t with S - 1 degrees of freedom is added, times
-std(the sets' differences) / root(S). Their sum is the Behrens-Fisher distribution of two independent errors (Fisher
-1935), which errs on the side of wide intervals; that the sets' differences also hold a little of the documents' noise
-widens them further. With S = 3 few sets tell little: where they differ much, t's 2 degrees of freedom show it.
+Holm's correction, minimum detectable effect, rank correlation. All intervals draw whole documents with replacement.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,84 +22,38 @@ class Interval:
     high: float
 
 
-@dataclass(frozen=True)
-class Equivalence:
-    """Result of two one-sided tests.
+def cluster_bootstrap(numerator, denominator, resamples: int = 10_000, seed: int = 0, level: float = 0.95) -> Interval:
+    """Ratio of sums, sum(numerator) / sum(denominator), with its percentile interval; documents are resampled whole.
 
-    interval: the difference with its interval at level 1 - 2 * significance; `equivalent` says that it lies inside
-    (-margin, margin). p: the larger of the two one-sided bootstrap p-values, (1 + hits) / (1 + resamples) each.
-    """
+    numerator [N], denominator [N]: one value per document, such as summed NLL (nats) and number of tokens. A document
+    may have denominator 0; resamples that hold only such documents are left out.
 
-    interval: Interval
-    margin: float
-    p: float
-    equivalent: bool
-
-
-def cluster_bootstrap(
-    numerator,
-    denominator,
-    resamples: int = 10_000,
-    seed: int = 0,
-    level: float = 0.95,
-    method: str = "percentile",
-) -> Interval:
-    """Ratio of sums, sum(numerator) / sum(denominator), with documents resampled whole.
-
-    numerator [N], denominator [N]: one value per document, such as summed NLL (nats) and number of tokens. The interval
-    has the numerator's unit per the denominator's. A document may have denominator 0; resamples that hold only such
-    documents are left out. A studentised interval may be infinite where so few documents deviate from the estimate that
-    many resamples have no variance.
-
-    Raises ValueError for fewer than two documents with a denominator above 0, unequal shapes, values that are not
-    finite, a negative denominator, resamples < 1, a level outside (0, 1) and an unknown method.
+    Raises ValueError for fewer than two documents with a denominator above 0, and values that are not finite.
     """
     numerator, denominator = _checked({"numerator": numerator, "denominator": denominator})
-    _check_draws(resamples, level)
-    estimate, drawn = _bootstrap(numerator, denominator, resamples, seed, method)
-    return _interval(estimate, drawn, level)
+    _check_counts(denominator)
+    return _interval(*_bootstrap(numerator, denominator, resamples, seed, "percentile"), level)
 
 
 def paired_difference(
-    sum_a,
-    sum_b,
-    count,
-    resamples: int = 10_000,
-    seed: int = 0,
-    level: float = 0.95,
-    method: str = "percentile",
+    sum_a, sum_b, count, resamples: int = 10_000, seed: int = 0, level: float = 0.95, method: str = "percentile"
 ) -> Interval:
     """Difference (sum(a) - sum(b)) / sum(count) of two systems on the same documents, which are resampled together.
 
     sum_a, sum_b: a sum per document under each system (nats), [N], or [S, N] for S independently trained sets (either
-    may be [N]: it is then the same for all sets); count [N]: tokens per document.
-    Raises ValueError as `cluster_bootstrap` does.
+    may be [N]: it is then the same for all sets); count [N]: tokens per document. method: "percentile" or
+    "studentised", see `_bootstrap`; a studentised interval may be infinite where few documents deviate from the
+    estimate, so that many resamples have no variance. Raises ValueError as `cluster_bootstrap` does.
     """
-    difference, count, sets, set_error = _paired(sum_a, sum_b, count)
-    _check_draws(resamples, level)
-    estimate, drawn = _bootstrap(difference, count, resamples, seed, method, sets, set_error)
-    return _interval(estimate, drawn, level)
-
-
-def paired_p_value(sum_a, sum_b, count, resamples: int = 10_000, seed: int = 0, method: str = "percentile") -> float:
-    """Two-sided p-value of "the paired difference is 0": one minus the level of the widest interval that leaves out 0.
-
-    Arguments as in `paired_difference`, whose interval at level 1 - p ends at 0 (Efron and Tibshirani 1993, section
-    15.4). It is 2 * (1 + hits) / (1 + resamples), at most 1, where hits counts the resamples beyond 0: to stay small
-    under Holm's correction of a large family it needs many resamples. Raises ValueError as `paired_difference` does.
-    """
-    difference, count, sets, set_error = _paired(sum_a, sum_b, count)
-    _check_draws(resamples, level=0.95)
-    _, drawn = _bootstrap(difference, count, resamples, seed, method, sets, set_error)
-    hits = int(min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0)))
-    return min(1.0, 2 * (1 + hits) / (1 + len(drawn)))
+    return _interval(*_paired_bootstrap(sum_a, sum_b, count, resamples, seed, method), level)
 
 
 @dataclass(frozen=True)
 class Bootstrap:
     """How paired differences get their intervals: a studentised bootstrap over clusters (documents, mostly).
 
-    resamples: draws of clusters. seed: of the draws. level: of the intervals, 0.95 for 95 %.
+    resamples: draws of clusters. seed: of the draws. level: of the intervals, 0.95 for 95 %. The methods take sums and
+    counts as `paired_difference` does.
     """
 
     resamples: int = 10_000
@@ -131,15 +64,35 @@ class Bootstrap:
         """`paired_difference` of sums per cluster; with fewer than two clusters the bounds are NaN."""
         a, b, count = (np.asarray(values, dtype=float) for values in (sum_a, sum_b, count))
         if len(count) < 2:
-            difference = (a - b).sum(axis=-1).mean() / count.sum()
-            return Interval(float(difference), float("nan"), float("nan"))
-        return paired_difference(a, b, count, self.resamples, self.seed, self.level, "studentised")
+            return Interval(float((a - b).sum(axis=-1).mean() / count.sum()), float("nan"), float("nan"))
+        return _interval(*self._draw(a, b, count), self.level)
 
     def p_value(self, sum_a, sum_b, count) -> float:
-        """The two-sided p-value of the same difference; NaN with fewer than two clusters."""
+        """Two-sided p-value of "the difference is 0"; NaN with fewer than two clusters.
+
+        It is one minus the level of the widest interval that leaves out 0 (Efron and Tibshirani 1993, section 15.4):
+        2 * (1 + hits) / (1 + resamples), at most 1, where hits counts the resamples beyond 0. To stay small under
+        Holm's correction of a large family it needs many resamples.
+        """
         if len(count) < 2:
             return float("nan")
-        return paired_p_value(sum_a, sum_b, count, self.resamples, self.seed, "studentised")
+        _, drawn = self._draw(sum_a, sum_b, count)
+        hits = int(min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0)))
+        return min(1.0, 2 * (1 + hits) / (1 + len(drawn)))
+
+    def equivalence(self, sum_a, sum_b, count, margin: float) -> tuple[float, bool]:
+        """Two one-sided tests (TOST; Schuirmann 1987) at 5 % of whether the difference lies in (-margin, margin).
+
+        margin > 0 has the unit of the difference. Returns the larger of the two one-sided bootstrap p-values,
+        (1 + hits) / (1 + resamples) each, and whether the 90 % interval lies inside the margins.
+        """
+        estimate, drawn = self._draw(sum_a, sum_b, count)
+        interval = _interval(estimate, drawn, 0.9)
+        hits = int(max(np.count_nonzero(drawn <= -margin), np.count_nonzero(drawn >= margin)))
+        return (1 + hits) / (1 + len(drawn)), -margin < interval.low and interval.high < margin
+
+    def _draw(self, sum_a, sum_b, count) -> tuple[float, np.ndarray]:
+        return _paired_bootstrap(sum_a, sum_b, count, self.resamples, self.seed, "studentised")
 
 
 def holm_correction(p_values: Sequence[float]) -> np.ndarray:
@@ -147,14 +100,9 @@ def holm_correction(p_values: Sequence[float]) -> np.ndarray:
 
     Rejecting where the adjusted value is at most 5 % keeps the chance of any false rejection in the family at 5 %,
     however the comparisons depend on each other (Holm 1979): the i-th smallest, i = 0 .. M-1, times M - i, made
-    increasing, at most 1. Raises ValueError for an empty family and a p-value outside [0, 1].
+    increasing, at most 1.
     """
     p_values = np.asarray(p_values, dtype=np.float64)
-    if p_values.ndim != 1 or not len(p_values):
-        raise ValueError(f"p_values has shape {p_values.shape}; give one p-value per comparison, at least one")
-    outside = np.flatnonzero(~((p_values >= 0) & (p_values <= 1)))  # NaN too
-    if len(outside):
-        raise ValueError(f"p_values is {p_values[outside[0]]:g} at position {outside[0]}; it must lie in [0, 1]")
     order = np.argsort(p_values, kind="stable")
     factors = np.arange(len(p_values), 0, -1)
     adjusted = np.empty_like(p_values)
@@ -162,101 +110,33 @@ def holm_correction(p_values: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
-def minimum_detectable_effect(sum_a, sum_b, count, power: float = 0.8, significance: float = 0.05) -> float:
-    """The true paired difference that a study of these documents would find, two-sided, with probability `power`.
+def minimum_detectable_effect(sum_a, sum_b, count) -> float:
+    """The true paired difference that a study of these documents would find with 80 % power at 5 %, two-sided.
 
     Arguments as in `paired_difference`; the result has the difference's unit (nats per token). It is
-    (t_{1 - significance / 2} + t_power) * standard error (Bloom 1995), the standard error taken between documents: that
-    of a ratio of sums (Cochran 1977, chapter 6), N counting those with tokens, with N - 1 degrees of freedom. With S
-    sets their squared standard error is added, and the degrees of freedom are Satterthwaite's (1946).
-    Raises ValueError as `paired_difference` does, and unless 0 < significance < power < 1.
+    (t_0.975 + t_0.8) * standard error (Bloom 1995), the standard error taken between documents: that of a ratio of sums
+    (Cochran 1977, chapter 6), N counting those with tokens, with N - 1 degrees of freedom. With S sets their squared
+    standard error is added, and the degrees of freedom are Satterthwaite's (1946).
     """
-    if not 0 < significance < power < 1:
-        raise ValueError(f"power is {power}, significance {significance}; give 0 < significance < power < 1")
     difference, count, sets, set_error = _paired(sum_a, sum_b, count)
-    num_documents = _usable(count)
+    num_documents = np.count_nonzero(count)
     residual = difference - difference.sum() / count.sum() * count
     variance = num_documents / (num_documents - 1) * (residual @ residual) / count.sum() ** 2
     total = variance + set_error**2
     freedom = num_documents - 1
     if set_error > 0:
         freedom = total**2 / (variance**2 / freedom + set_error**4 / (sets - 1))
-    quantiles = stats.t.ppf([1 - significance / 2, power], freedom)
+    quantiles = stats.t.ppf([0.975, 0.8], freedom)
     return float(quantiles.sum() * np.sqrt(total))
 
 
-def equivalence_test(
-    sum_a,
-    sum_b,
-    count,
-    margin: float,
-    significance: float = 0.05,
-    resamples: int = 10_000,
-    seed: int = 0,
-    method: str = "percentile",
-) -> Equivalence:
-    """Two one-sided tests (TOST; Schuirmann 1987) of whether the paired difference lies within (-margin, margin).
-
-    Arguments as in `paired_difference`; margin in the unit of the difference.
-    Raises ValueError as `cluster_bootstrap` does, and for a margin <= 0 or a significance outside (0, 0.5).
-    """
-    if not margin > 0:
-        raise ValueError(f"margin is {margin}; it must be above 0")
-    if not 0 < significance < 0.5:
-        raise ValueError(f"significance is {significance}; it must lie between 0 and 0.5")
-    difference, count, sets, set_error = _paired(sum_a, sum_b, count)
-    _check_draws(resamples, 1 - 2 * significance)
-    estimate, drawn = _bootstrap(difference, count, resamples, seed, method, sets, set_error)
-    interval = _interval(estimate, drawn, 1 - 2 * significance)
-    hits = int(max(np.count_nonzero(drawn <= -margin), np.count_nonzero(drawn >= margin)))
-    inside = -margin < interval.low and interval.high < margin
-    return Equivalence(interval, float(margin), (1 + hits) / (1 + len(drawn)), inside)
-
-
-def rank_correlation(x, y, clusters: Sequence, resamples: int = 1_000, seed: int = 0, level: float = 0.95) -> Interval:
-    """Spearman's rank correlation of x [N] and y [N] (ties share their mean rank), with whole clusters resampled.
-
-    clusters [N]: the document of each value. Ranks are taken anew in each resample; resamples in which x or y is
-    constant have no correlation and are left out.
-
-    Raises ValueError for fewer than two clusters, unequal shapes, values that are not finite, a constant x or y,
-    resamples < 1 and a level outside (0, 1).
-    """
-    x, y = _checked({"x": x, "y": y})
-    _check_draws(resamples, level)
-    _, member = np.unique(np.asarray(clusters), return_inverse=True)
-    if member.shape != x.shape:
-        raise ValueError(f"clusters has shape {member.shape}, x has {x.shape}; give one cluster per value")
-    num_clusters = int(member.max()) + 1
-    if num_clusters < 2:
-        raise ValueError("all values belong to 1 cluster; a bootstrap over clusters needs at least 2")
-    for name, values in (("x", x), ("y", y)):
-        if values.min() == values.max():
-            raise ValueError(f"{name} is constant ({values[0]:g}); it has no rank correlation")
-    estimate = float(stats.spearmanr(x, y).statistic)
-    # A resample only changes how often each value counts: the sorting is done once.
-    levels = [np.unique(values, return_inverse=True)[1] for values in (x, y)]
-    drawn = []
-    for counts in resampled_counts(num_clusters, resamples, seed):
-        for row in counts:
-            weights = row[member].astype(np.float64)
-            drawn.append(_weighted_correlation(*(_midranks(level, weights) for level in levels), weights))
-    drawn = np.array(drawn)
-    drawn = drawn[np.isfinite(drawn)]
-    if not len(drawn):
-        raise ValueError("x or y is constant in every resample: too few clusters hold more than one value")
-    return _interval(estimate, drawn, level)
+def rank_correlation(x, y, clusters, resamples: int = 1_000, seed: int = 0, level: float = 0.95) -> Interval:
+    """Spearman's rank correlation of x [N] and y [N]: `partial_rank_correlation` without covariates."""
+    return partial_rank_correlation(x, y, np.empty((0, len(x))), clusters, resamples, seed, level)
 
 
 def partial_rank_correlation(
-    x,
-    y,
-    covariates,
-    clusters: Sequence,
-    resamples: int = 1_000,
-    seed: int = 0,
-    level: float = 0.95,
-    strata: Sequence | None = None,
+    x, y, covariates, clusters, resamples: int = 1_000, seed: int = 0, level: float = 0.95, strata=None
 ) -> Interval:
     """Spearman's rank correlation of x [N] and y [N] given the covariates [C, N], with whole clusters resampled.
 
@@ -266,11 +146,10 @@ def partial_rank_correlation(
     fractions of its size, and then pooled, so that the strata's levels do not count. Ranks are taken anew in each
     resample; resamples that leave x or y no variance are left out.
 
-    Raises ValueError for fewer than two clusters, unequal shapes, values that are not finite, x or y that the
-    covariates' ranks determine (a constant one, say), resamples < 1 and a level outside (0, 1).
+    Raises ValueError for fewer than two clusters, values that are not finite, and x or y that the covariates' ranks
+    determine (a constant one, say).
     """
     columns, member, stratum = _checked_ranking(x, y, covariates, clusters, strata)
-    _check_draws(resamples, level)
     levels = [_levels(values, stratum) for values in columns]
 
     def correlation(weights: np.ndarray) -> float:
@@ -288,15 +167,7 @@ def partial_rank_correlation(
 
 
 def block_permutation_p(
-    x,
-    y,
-    covariates,
-    clusters: Sequence,
-    positions: Sequence[int],
-    block: int = 16,
-    permutations: int = 2_000,
-    seed: int = 0,
-    strata: Sequence | None = None,
+    x, y, covariates, clusters, positions, block: int = 16, permutations: int = 2_000, seed: int = 0, strata=None
 ) -> float:
     """Two-sided p-value of `partial_rank_correlation`: x is permuted in blocks of tokens inside each document.
 
@@ -308,15 +179,11 @@ def block_permutation_p(
     (1 + permutations) (Phipson and Smyth 2010), hits counting the correlations at least as far as the observed one from
     the mean of them all, the observed one included. To stay small under Holm's correction it needs many permutations.
 
-    Other arguments and errors as in `partial_rank_correlation`; also raises ValueError for block < 1, permutations < 1
-    and two values of one document (and stratum) at the same position.
+    Other arguments and errors as in `partial_rank_correlation`; also raises ValueError for two values of one document
+    (and stratum) at the same position.
     """
     columns, member, stratum = _checked_ranking(x, y, covariates, clusters, strata)
     positions = np.asarray(positions)
-    if positions.shape != member.shape:
-        raise ValueError(f"positions has shape {positions.shape}, x has {member.shape}; give one position per value")
-    if block < 1 or permutations < 1:
-        raise ValueError(f"block is {block}, permutations is {permutations}; both must be at least 1")
     order = np.lexsort((positions, stratum, member))
     member, stratum, positions = member[order], stratum[order], positions[order]
     group = np.cumsum(np.diff(member, prepend=-1).astype(bool) | np.diff(stratum, prepend=-1).astype(bool)) - 1
@@ -357,50 +224,44 @@ def block_permutation_p(
     return float(np.mean(distance >= distance[0] - 1e-12))
 
 
-def _checked(named: dict[str, Sequence]) -> list[np.ndarray]:
-    """The values as float64 arrays [N]; ValueError, naming the argument, unless of one shape and finite."""
-    arrays = {name: np.asarray(values, dtype=np.float64) for name, values in named.items()}
-    first, shape = next((name, values.shape) for name, values in arrays.items())
-    for name, values in arrays.items():
-        if values.ndim != 1 or values.shape != shape or not len(values):
-            raise ValueError(
-                f"{name} has shape {values.shape}, {first} has {shape}; give one value per document, at least one"
-            )
+def _checked(named: Mapping[str, Sequence]) -> np.ndarray:
+    """The values of one shape as float64 [arguments, N]; ValueError, naming the argument, where one is not finite."""
+    rows = np.stack([np.asarray(values, dtype=np.float64) for values in named.values()])
+    for name, values in zip(named, rows, strict=True):
         if not np.isfinite(values).all():
             position = int(np.flatnonzero(~np.isfinite(values))[0])
             raise ValueError(f"{name} is {values[position]} at position {position}; every value must be finite")
-    return list(arrays.values())
+    return rows
+
+
+def _check_counts(counts: np.ndarray) -> None:
+    """ValueError where a count [N] of a document is negative, and where fewer than two have any."""
+    if (counts < 0).any():
+        raise ValueError(f"a document has denominator {counts.min():g}; counts must not be negative")
+    usable = np.count_nonzero(counts)
+    if usable < 2:
+        raise ValueError(
+            f"{usable} of {len(counts)} documents have a count above 0; the bootstrap over documents needs 2"
+        )
 
 
 def _paired(sum_a, sum_b, count) -> tuple[np.ndarray, np.ndarray, int, float]:
     """(mean difference [N] over sets, count [N], number of sets S, standard error of S sets' ratio of sums; 0 for one).
 
-    sum_a, sum_b: [N] or [S, N]. Raises ValueError for shapes that do not fit and values that are not finite.
+    sum_a, sum_b: [N] or [S, N]. Raises ValueError for values that are not finite and as `_check_counts` does.
     """
     (count,) = _checked({"count": count})
-    arrays = {"sum_a": np.asarray(sum_a, dtype=np.float64), "sum_b": np.asarray(sum_b, dtype=np.float64)}
-    sets = max(len(values) if values.ndim == 2 else 1 for values in arrays.values())
-    for name, values in arrays.items():
-        if values.shape not in (count.shape, (sets, *count.shape)):
-            raise ValueError(
-                f"{name} has shape {values.shape}, count has {count.shape}; give one value per document, "
-                f"for all {sets} sets or alike for them"
-            )
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} is not finite at {np.argwhere(~np.isfinite(values))[0].tolist()}")
-    difference = np.atleast_2d(arrays["sum_a"] - arrays["sum_b"])
-    if not count.sum() > 0:
-        _usable(count)  # raises
+    _check_counts(count)
+    difference = np.atleast_2d(np.asarray(sum_a, dtype=np.float64) - np.asarray(sum_b, dtype=np.float64))
+    if difference.shape[1:] != count.shape:
+        raise ValueError(f"the sums have shape {difference.shape}, count has {count.shape}; give one per document")
+    if not np.isfinite(difference).all():
+        set_and_document = np.argwhere(~np.isfinite(difference))[0].tolist()
+        raise ValueError(f"a sum is not finite at [set, document] = {set_and_document}")
+    sets = len(difference)
     ratios = difference.sum(axis=1) / count.sum()
     set_error = float(ratios.std(ddof=1) / np.sqrt(sets)) if sets > 1 else 0.0
     return difference.mean(axis=0), count, sets, set_error
-
-
-def _check_draws(resamples: int, level: float) -> None:
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; draw at least 1")
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it must lie between 0 and 1, for example 0.95")
 
 
 def resampled_counts(num_clusters: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -412,56 +273,48 @@ def resampled_counts(num_clusters: int, resamples: int, seed: int) -> Iterator[n
         yield rng.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=size)
 
 
-def _usable(denominator: np.ndarray) -> int:
-    """How many documents [N] have a count; ValueError for a negative count, and for fewer than two."""
-    if (denominator < 0).any():
-        raise ValueError(f"a document has denominator {denominator.min():g}; counts must not be negative")
-    usable = int(np.count_nonzero(denominator))
-    if usable < 2:
-        raise ValueError(
-            f"{usable} of {len(denominator)} documents have a count above 0; the bootstrap over documents needs 2"
-        )
-    return usable
-
-
 def _bootstrap(
-    numerator: np.ndarray,
-    denominator: np.ndarray,
-    resamples: int,
-    seed: int,
-    method: str,
-    sets: int = 1,
-    set_error: float = 0.0,
+    numerator: np.ndarray, denominator: np.ndarray, resamples: int, seed: int, method: str
 ) -> tuple[float, np.ndarray]:
-    """Ratio of sums, and a distribution for it: one value for each resample whose denominator is not 0.
+    """Ratio of sums, and a distribution whose quantiles are the limits of its interval: a value for each resample whose
+    denominator is not 0.
 
-    sets, set_error: of independently trained systems, whose own error is added (see the module's docstring).
-
-    "percentile": the resampled ratios. "studentised": estimate - t * standard error for each resample's t, so that the
-    quantiles of either are the limits of its interval.
+    method: "percentile" gives the resampled ratios (Efron and Tibshirani 1993, chapter 13). "studentised" (bootstrap-t;
+    section 12.5) gives estimate - t * standard error for each resample's t, its error in units of its own standard
+    error. It holds its level with few documents, where percentiles, normal quantiles in effect with a standard error
+    that is too small, are too narrow, the more so the more documents differ in size. In 12,000 simulated studies
+    (intra-class correlation 0.5, lengths that differ up to tenfold, 1,000 resamples; standard error 0.2 points) a 95 %
+    interval left out the truth, with 40 documents, in 7.2 % by percentiles and 6.4 % studentised; with 64, in 6.2 and
+    5.6 %. In 750 others, with 40 documents, studentised: 6.5 % with 1,000 resamples, 6.0 % with 10,000.
     """
-    if method not in ("percentile", "studentised"):
-        raise ValueError(f"method is {method!r}; choose 'percentile' or 'studentised'")
-    _usable(denominator)
     estimate = float(numerator.sum() / denominator.sum())
     values = np.stack((numerator, denominator), axis=1)
     if method == "percentile":
         sums = np.concatenate([counts @ values for counts in resampled_counts(len(values), resamples, seed)])
         sums = sums[sums[:, 1] > 0]
-        return estimate, _with_sets(sums[:, 0] / sums[:, 1], sets, set_error, seed)
+        return estimate, sums[:, 0] / sums[:, 1]
     values[:, 0] -= estimate * denominator  # the deviations from the estimate, which sum to 0
     # The standard error of a ratio of sums is root(sum of squared deviations from that ratio) / sum of denominators.
     # The factor N / (N - 1) under the root would be the same in each resample: it cancels.
     error = np.linalg.norm(values[:, 0]) / denominator.sum()
     t = np.concatenate([_t_values(counts, values) for counts in resampled_counts(len(values), resamples, seed)])
-    return estimate, _with_sets(estimate - t * error, sets, set_error, seed)
+    return estimate, estimate - t * error
 
 
-def _with_sets(drawn: np.ndarray, sets: int, set_error: float, seed: int) -> np.ndarray:
-    """`drawn` [R] with the error of independently trained sets added; as it is where there is none."""
-    if set_error == 0.0:
-        return drawn
-    return drawn + set_error * np.random.default_rng([seed, sets]).standard_t(sets - 1, len(drawn))
+def _paired_bootstrap(sum_a, sum_b, count, resamples: int, seed: int, method: str) -> tuple[float, np.ndarray]:
+    """`_bootstrap` of a paired difference, over sets that were trained independently in the same way where there are S.
+
+    What another S sets would change is in the interval: to each resample's error one draw of t with S - 1 degrees of
+    freedom is added, times std(the sets' differences) / root(S). Their sum is the Behrens-Fisher distribution of two
+    independent errors (Fisher 1935), which errs on the side of wide intervals; that the sets' differences also hold a
+    little of the documents' noise widens them further. With S = 3 few sets tell little: where they differ much, t's 2
+    degrees of freedom show it.
+    """
+    difference, count, sets, set_error = _paired(sum_a, sum_b, count)
+    estimate, drawn = _bootstrap(difference, count, resamples, seed, method)
+    if set_error > 0:
+        drawn = drawn + set_error * np.random.default_rng([seed, sets]).standard_t(sets - 1, len(drawn))
+    return estimate, drawn
 
 
 def _t_values(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -487,35 +340,16 @@ def _interval(estimate: float, drawn: np.ndarray, level: float) -> Interval:
     return Interval(estimate, float(low), float(high))
 
 
-def _midranks(levels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean ranks [N] of values that count `weights` [N] times; levels [N] numbers the distinct values upwards."""
-    counts = np.bincount(levels, weights=weights)
-    return (np.cumsum(counts) - counts / 2 + 0.5)[levels]
-
-
-def _weighted_correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> float:
-    """Pearson correlation with weights; NaN where x or y is constant."""
-    x = x - np.average(x, weights=weights)
-    y = y - np.average(y, weights=weights)
-    variances = (weights @ (x * x)) * (weights @ (y * y))
-    return float(weights @ (x * y) / np.sqrt(variances)) if variances > 0 else float("nan")
-
-
 def _checked_ranking(x, y, covariates, clusters, strata) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(x, y and covariates [2 + C, N], number of each value's cluster [N], of its stratum [N]); ValueError as named."""
-    covariates = np.asarray(covariates, dtype=np.float64)
-    if covariates.ndim != 2:
-        raise ValueError(f"covariates has shape {covariates.shape}; give [C, N], C rows of one value each")
-    named = {"x": x, "y": y} | {f"covariates[{index}]": row for index, row in enumerate(covariates)}
-    columns = np.stack(_checked(named))
-    numbers = []
-    for name, values in (("clusters", clusters), ("strata", np.zeros(columns.shape[1]) if strata is None else strata)):
-        numbers.append(np.unique(np.asarray(values), return_inverse=True)[1])
-        if numbers[-1].shape != columns[0].shape:
-            raise ValueError(f"{name} has shape {numbers[-1].shape}, x has {columns[0].shape}; give one per value")
-    if numbers[0].max() == 0:
+    columns = _checked({"x": x, "y": y} | {f"covariates[{index}]": row for index, row in enumerate(covariates)})
+    member = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    if member.shape != columns[0].shape:
+        raise ValueError(f"clusters has shape {member.shape}, x has {columns[0].shape}; give one per value")
+    if member.max() == 0:
         raise ValueError("all values belong to 1 cluster; a bootstrap over clusters needs at least 2")
-    return columns, *numbers
+    stratum = np.zeros_like(member) if strata is None else np.unique(strata, return_inverse=True)[1]
+    return columns, member, stratum
 
 
 def _levels(values: np.ndarray, stratum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

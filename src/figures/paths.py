@@ -1,70 +1,41 @@
 """Figures of paths, tokens, positions and domains: what routing depends on, and what it foretells.
 
-Each `plot_*` function takes what `style.read_result` returned, draws one matplotlib Figure and returns it. Where a file
-is complete but has nothing for a figure (one layer, one data set, no token texts), `NothingToDraw` says why.
-"The expert" of a layer is its strongest one.
+Each `plot_*` function takes what `style.read_result` returned and returns a Figure, or raises NothingToDraw. "The
+expert" of a layer is its strongest one.
 """
 
-import matplotlib
 import numpy as np
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.colors import to_hex
+from matplotlib.ticker import MaxNLocator
 
-from src.figures.panels import (
-    counted,
-    expert_grid,
-    expert_panels,
-    heatmap,
-    layer_width,
-    legend_right,
-    line_colours,
-    named,
-    needs_tokens,
-    number_text,
-    pairs_of,
-    whole_numbers,
-)
-from src.figures.style import BLACK, MARKERS, SERIES, SIGNIFICANT, NothingToDraw, new_figure, plain, reach
-
-
-def _log_if_wide(axes, values):
-    """Make y logarithmic where positive values span more than a factor of 20; returns the note for its label."""
-    values = np.asarray(values, dtype=float)
-    values = values[np.isfinite(values) & (values > 0)]
-    if not len(values) or values.max() <= 20 * values.min():
-        return ""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    return " (logarithmic)"
+from src.figures import style
 
 
 def plot_hop_accuracy(hops):
     """Accuracy of naming the expert 1 .. L-1 layers ahead: in-sample, on held-out problems, and without looking.
 
-    `hops`: hop_accuracy.csv. Bars: interval over problems. With one problem there is no held-out line. Raises
-    NothingToDraw for one layer.
+    `hops`: hop_accuracy.csv. Bars: interval over problems. With one problem there is no held-out line.
     """
-    if not len(hops):
-        raise NothingToDraw("one layer only: there is no layer ahead")
-    figure, axes = new_figure(10, 4.8)
+    style.needs(len(hops), "one layer only: there is no layer ahead")
+    figure, axes = style.new_figure(10, 4.8)
     if hops["held_out_accuracy"].notna().any():
         axes.errorbar(
-            hops["hop"], hops["held_out_accuracy"], yerr=reach(hops, "held_out_accuracy", "ci_low", "ci_high"),
-            color=SERIES[0], marker="s", ms=4.5, capsize=2.5, label="held-out problems (bars: 95 %, problems)",
+            hops["hop"], hops["held_out_accuracy"], yerr=style.reach(hops, "held_out_accuracy", "ci_low", "ci_high"),
+            color=style.SERIES[0], marker="s", ms=4.5, capsize=2.5, label="held-out problems (bars: 95 %, problems)",
         )  # fmt: skip
     for column, form, colour, label in (
-        ("accuracy", "-o", SERIES[1], "in-sample (as the reference)"),
-        ("held_out_majority", "--D", SERIES[2], "most common expert, held-out problems"),
-        ("majority", ":^", SERIES[3], "most common, in-sample"),
-        ("random", "-", BLACK, "random expert"),
+        ("accuracy", "-o", style.SERIES[1], "in-sample (as the reference)"),
+        ("held_out_majority", "--D", style.SERIES[2], "most common expert, held-out problems"),
+        ("majority", ":^", style.SERIES[3], "most common, in-sample"),
+        ("random", "-", style.BLACK, "random expert"),
     ):
         if hops[column].notna().any():
             axes.plot(hops["hop"], hops[column], form, color=colour, ms=4, label=label)
     axes.set_ylim(bottom=0)
     title = "The most frequent transition as prediction of the strongest expert"
-    named(axes, "layers ahead", "right predictions (%)", title)
-    whole_numbers(axes)
-    legend_right(axes)
+    style.named(axes, "layers ahead", "right predictions (%)", title)
+    style.whole_numbers(axes)
+    style.legend_right(axes)
     return figure
 
 
@@ -72,47 +43,44 @@ def plot_hop_accuracy(hops):
 def plot_paths(paths):
     """How many different paths tokens take, by first layer: a line for each length of the path. paths.csv."""
     lengths = sorted(paths["length"].unique())
-    figure, axes = new_figure(9, 4.2)
-    for length, colour, marker in zip(lengths, line_colours(len(lengths)), MARKERS * len(lengths), strict=False):
+    figure, axes = style.new_figure(9, 4.2)
+    for length, colour, marker in style.side_by_side(lengths):
         rows = paths[paths["length"] == length].sort_values("start_layer")
         share = 100 * rows["uniqueness_ratio"]
-        axes.plot(rows["start_layer"], share, "-", color=colour, marker=marker, ms=5, label=counted(length))
-    note = _log_if_wide(axes, 100 * paths["uniqueness_ratio"])
-    if not note:
+        axes.plot(rows["start_layer"], share, "-", color=colour, marker=marker, ms=5, label=style.counted(length))
+    note = ""
+    if paths["uniqueness_ratio"].max() > 20 * paths["uniqueness_ratio"].min():
+        note = style.logarithmic(axes)
+    else:
         axes.set_ylim(0, 104)
     title = f"How unique paths of some layers are (100 %: no two of {int(paths['tokens'].iloc[0]):,} tokens alike)"
-    named(axes, "first layer of the path", f"different paths (% of the tokens){note}", title)
-    legend_right(axes, title="length")
-    whole_numbers(axes)
+    style.named(axes, "first layer of the path", f"different paths (% of the tokens){note}", title)
+    style.legend_right(axes, title="length")
+    style.whole_numbers(axes)
     return figure
 
 
 # -- tokens and positions
 def _against_chance(axes, table, column, chance, labels):
     """Two columns of shares by layer, in percent: what was found, and what chance alone gives."""
-    axes.plot(table["layer"], 100 * table[column], "-o", color=SERIES[0], ms=4.5, label=labels[0])
-    axes.plot(table["layer"], 100 * table[chance], "--s", color=SERIES[1], ms=3.5, label=labels[1])
-    whole_numbers(axes)
+    axes.plot(table["layer"], 100 * table[column], "-o", color=style.SERIES[0], ms=4.5, label=labels[0])
+    axes.plot(table["layer"], 100 * table[chance], "--s", color=style.SERIES[1], ms=3.5, label=labels[1])
+    style.whole_numbers(axes)
 
 
 def plot_consecutive_tokens(consecutive):
-    """How often neighbouring tokens share experts, by layer, against two independent tokens. consecutive_tokens.csv.
-
-    Raises NothingToDraw where no two tokens of a problem are neighbours.
-    """
-    if not consecutive["pairs"].sum():
-        raise NothingToDraw("no two tokens of a problem stand next to each other")
-    figure, panels = new_figure(12, 4.0, 1, 2)
+    """How often neighbouring tokens share experts, by layer, against two independent tokens. consecutive_tokens.csv."""
+    style.needs(consecutive["pairs"].sum(), "no two tokens of a problem stand next to each other")
+    figure, panels = style.new_figure(12, 4.0, 1, 2)
     parts = (
         ("agreement", "pairs with the same strongest expert (%)", "Same strongest expert"),
         ("overlap", "experts in common (% of those chosen)", "Experts in common"),
     )
     for axes, (column, label, title) in zip(panels, parts, strict=True):
-        _against_chance(
-            axes, consecutive, column, f"{column}_chance", ("neighbouring tokens", "two independent tokens")
-        )
+        names = ("neighbouring tokens", "two independent tokens")
+        _against_chance(axes, consecutive, column, f"{column}_chance", names)
         axes.set_ylim(bottom=0)
-        named(axes, "layer", label, f"{title}, {int(consecutive['pairs'].max()):,} pairs")
+        style.named(axes, "layer", label, f"{title}, {int(consecutive['pairs'].max()):,} pairs")
     panels[0].legend(fontsize=8.5)
     return figure
 
@@ -127,66 +95,59 @@ def plot_positions(positions, by_layer):
     grid = by_layer.pivot(index="positions", columns="layer", values="js_distance").loc[names]
     labels = [f"{name} ({count:,})" for name, count in zip(names, positions["tokens"], strict=True)]
     layers = list(grid.columns)
-    figure, (left, middle, right) = new_figure(
-        layer_width(len(layers), 6.5) + 6, 1.9 + 0.42 * len(names), 1, 3,
-        width_ratios=[layer_width(len(layers), 6.5), 3, 3],
-    )  # fmt: skip
-    known = np.nan_to_num(grid.to_numpy(float))
+    sizes = (style.layer_width(len(layers), 6.5), 3, 3)
+    figure, (left, middle, right) = style.new_figure(sum(sizes), 1.9 + 0.42 * len(names), 1, 3, width_ratios=sizes)
     numbers = ".2f" if len(layers) <= 10 else None
-    limits = (0.0, max(float(known.max()), 1e-3))
-    heatmap(left, grid, "Jensen-Shannon distance", labels, layers, limits=limits, numbers=numbers)
-    named(left, "layer", "positions (tokens)", "Use of experts against all other positions")
+    limits = (0.0, np.nanmax(grid.to_numpy(float), initial=1e-3))
+    style.heatmap(left, grid, "Jensen-Shannon distance", labels, layers, limits=limits, numbers=numbers)
+    style.named(left, "layer", "positions (tokens)", "Use of experts against all other positions")
     for axes, column, colour, label in (
-        (middle, "mean_confidence", SERIES[0], "mean probability of the strongest"),
-        (right, "unique_experts", SERIES[1], "different experts per token"),
+        (middle, "mean_confidence", style.SERIES[0], "mean probability of the strongest"),
+        (right, "unique_experts", style.SERIES[1], "different experts per token"),
     ):
-        values = positions[column].to_numpy(float)
-        # from 0, and centred in the rows of the heat map
-        axes.barh(np.arange(len(names)) + 0.5, np.nan_to_num(values), color=colour, height=0.7)
-        for row, value in enumerate(values):
-            axes.text(np.nan_to_num(value), row + 0.5, f" {number_text(value, '{:.2f}')}", va="center", fontsize=8.5)
+        values, texts = positions[column].fillna(0), style.number_texts(positions[column], "{:.2f}")
+        places = np.arange(len(names)) + 0.5  # centred in the rows of the heat map
+        axes.barh(places, values, color=colour, height=0.7)
+        for place, value, text in zip(places, values, texts, strict=True):
+            axes.text(value, place, f" {text}", va="center", fontsize=8.5)
         axes.set_ylim(len(names), 0)
-        axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=8.5)
-        axes.set_xlim(0, 1.25 * max(np.nanmax([*values, 0]), 1e-3))
+        axes.set_yticks(places, names, fontsize=8.5)
+        axes.set_xlim(0, 1.25 * max(values.max(), 1e-3))
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        named(axes, label, "positions")
+        style.named(axes, label, "positions")
         axes.grid(axis="y", visible=False)
     return figure
 
 
 def plot_token_identity(identity):
-    """How often two occurrences of the same token share the strongest expert, against any two tokens, by layer.
-
-    `identity`: token_identity.csv. Raises NothingToDraw for records without tokens.
-    """
-    needs_tokens(identity)
-    figure, axes = new_figure(9, 4.0)
+    """How often occurrences of one token, and any two tokens, share the strongest expert. token_identity.csv."""
+    style.needs(len(identity), "the records name no tokens")
+    figure, axes = style.new_figure(9, 4.0)
     _against_chance(axes, identity, "same_token", "any_tokens", ("the same token", "any two tokens"))
     axes.set_ylim(0, 100)
-    named(axes, "layer", "pairs with the same strongest expert (%)", "How much of the routing is the token itself")
+    title = "How much of the routing is the token itself"
+    style.named(axes, "layer", "pairs with the same strongest expert (%)", title)
     axes.legend(fontsize=8.5)
     return figure
 
 
 # -- domains
-
-
 def plot_domain_difference(difference):
     """Heat map expert x layer of one domain's usage minus another's; dots: experts that are specific to one of them.
 
-    `difference`: domain_difference.csv; a panel for each pair. Raises NothingToDraw for one data set."""
-    pairs = pairs_of(difference)
+    `difference`: domain_difference.csv; a panel for each pair.
+    """
+    pairs = style.pairs_of(difference)
     bound = float(np.nanmax(np.abs(difference["difference"]), initial=1e-9))
     grids = []
     for first, second, rows in pairs:
-        first, second = plain(first), plain(second)
-        specific = int((rows["prefers"] != "").sum())
+        first, second = style.plain(first), style.plain(second)
         title = (
             f"Usage in {first} minus usage in {second}: purple, more in {first}; brown, more in {second}\n"
-            f"(dots: {specific} of {len(rows)} experts are specific to one)"
+            f"(dots: {(rows['prefers'] != '').sum()} of {len(rows)} experts are specific to one)"
         )
-        grids.append((*expert_grid(rows, "difference"), title, "percentage points", (-bound, bound)))
-    figure, panels, few = expert_panels(grids, "+.0f", least=8.5)
+        grids.append((*style.expert_grid(rows, "difference"), title, "percentage points", (-bound, bound)))
+    figure, panels, few = style.expert_panels(grids, "+.0f", least=8.5)
     _, experts, layers, *_ = grids[0]
     for panel, (_, _, rows) in zip(panels, pairs, strict=True):
         marked = rows[rows["prefers"] != ""]
@@ -201,23 +162,20 @@ def plot_domain_distance(distance):
     """Jensen-Shannon distance of two domains' use of experts by layer; filled markers: the domains differ (p < 0.05).
 
     `distance`: domain_distance.csv; p from a permutation of problems between the domains, corrected for all layers.
-    Raises NothingToDraw for one data set."""
-    pairs = pairs_of(distance)
-    figure, axes = new_figure(layer_width(distance["layer"].nunique(), 9.0), 4.2)
-    for (first, second, rows), colour, marker in zip(
-        pairs, line_colours(len(pairs)), MARKERS * len(pairs), strict=False
-    ):  # fmt: skip
+    """
+    pairs = style.pairs_of(distance)
+    figure, axes = style.new_figure(style.layer_width(distance["layer"].nunique(), 9.0), 4.2)
+    for (first, second, rows), colour, marker in style.side_by_side(pairs):
         count = f"{rows['problems_a'].iloc[0]} + {rows['problems_b'].iloc[0]} problems"
         axes.plot(rows["layer"], rows["js_distance"], "-", color=colour, lw=1.2)
-        differs = (rows["p_any_layer"] < SIGNIFICANT).to_numpy()
-        face = np.where(differs, matplotlib.colors.to_hex(colour), "white")
+        face = np.where(rows["p_any_layer"] < style.SIGNIFICANT, to_hex(colour), "white")
         axes.scatter(
             rows["layer"], rows["js_distance"], s=34, c=face, edgecolor=colour, marker=marker, zorder=3,
-            label=f"{plain(first)} / {plain(second)} ({count})",
+            label=f"{style.plain(first)} / {style.plain(second)} ({count})",
         )  # fmt: skip
     axes.set_ylim(bottom=0)
     title = "Use of experts, 0 = same, 1 = disjoint (filled: p < 0.05 by permutation of problems, corrected)"
-    named(axes, "layer", "Jensen-Shannon distance", title)
-    whole_numbers(axes)
-    legend_right(axes)
+    style.named(axes, "layer", "Jensen-Shannon distance", title)
+    style.whole_numbers(axes)
+    style.legend_right(axes)
     return figure

@@ -1,11 +1,7 @@
 """Figures and tables about predicting experts, and what a cache with such predictions would buy.
 
-Each `plot_*` function takes what `style.read_result` returned, draws one matplotlib Figure and returns it; `*_table`
-functions return a DataFrame for display. Where a file has nothing for a figure (one hop, one data set, no
-prefetching), `NothingToDraw` says why. Shares of the files are shown in percent. Figures of the cache say on them
-that they are theory: `expert_cache` says what the simulation leaves out.
-
-Colours go by what a predictor sees; markers and lines tell its kin apart.
+Each function takes what `style.read_result` returned and returns a Figure or a DataFrame, or raises NothingToDraw.
+Colours go by what a predictor sees; markers and lines tell its kin apart. Figures of a cache say that they are theory.
 """
 
 import math
@@ -14,11 +10,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
 from src.figures import style
-from src.figures.panels import counted, interval_texts, legend_right, named, number_text, percent_texts, whole_numbers
-from src.figures.style import NothingToDraw, legend_below, name_rows, new_figure, plain, reach, words
 
 BASELINE, HISTORY, HIDDEN = "baseline", "from the experts so far", "from hidden states"
 FAMILY_COLOURS = {BASELINE: style.GREY, HISTORY: style.BLUE, HIDDEN: style.VERMILION}
@@ -54,17 +48,17 @@ CURVES = {
     "stall_ms_per_token": ("stall (ms per token)", 1),
     "speedup": ("speed-up over on demand", 1),
 }
+TOP1 = ("top1", "top1_low", "top1_high")
 THEORY = "Theory only: simulated from recorded routing, not timed on a device"
 
 
 # -- parts
 def _chosen(predictors, split, hop, domain):
-    """(rows, hop) of one split, hop (default: the smallest) and domain. Raises NothingToDraw where there are none."""
+    """(rows, hop) of one split, hop (default: the smallest) and domain."""
     rows = predictors[(predictors["split"] == split) & (predictors["domain"] == domain)]
     hop = (rows["hop"].min() if len(rows) else "any") if hop is None else hop
     rows = rows[rows["hop"] == hop]
-    if rows.empty:
-        raise NothingToDraw(f"no predictions for split {split}, hop {hop}, domain {domain}")
+    style.needs(len(rows), f"no predictions for split {split}, hop {hop}, domain {domain}")
     return rows, hop
 
 
@@ -80,147 +74,124 @@ def _bars(rows):
 
 
 def _lines(rows, width, title, x, label):
-    """Top-1 accuracy over column `x`, a line for each predictor, best first; bars where there are intervals.
-
-    Predictors are a little apart from each other sideways where bars could cover each other."""
-    figure, axes = new_figure(width, 4.7)
+    """Top-1 accuracy over column `x`, a line for each predictor, best first; over hops with bars, which stand apart."""
+    figure, axes = style.new_figure(width, 4.7)
     order = _ranked(rows)
     for number, name in enumerate(order):
         part = rows[rows["predictor"] == name].sort_values(x)
         _, colour, marker, line = STYLES[name]
-        aside, ends = 0.0, None
-        if x == "hop":
-            aside, ends = 0.3 * (number / max(len(order) - 1, 1) - 0.5), _reach(part)
+        aside = 0.3 * (number / max(len(order) - 1, 1) - 0.5) if x == "hop" else 0.0
         axes.errorbar(
-            part[x] + aside, 100 * part["top1"], yerr=ends, fmt=line, color=colour, marker=marker or ".", ms=5,
-            lw=1.4, elinewidth=1, capsize=2, label=words(name),
+            part[x] + aside, 100 * part["top1"], yerr=_reach(part) if x == "hop" else None, fmt=line, color=colour,
+            marker=marker or ".", ms=5, lw=1.4, elinewidth=1, capsize=2, label=style.words(name),
         )  # fmt: skip
     axes.set_ylim(bottom=0)
-    named(axes, label, "strongest expert predicted right (%)", title)
-    whole_numbers(axes)
-    legend_right(axes)
+    style.named(axes, label, "strongest expert predicted right (%)", title)
+    style.whole_numbers(axes)
+    style.legend_right(axes)
     return figure
 
 
 def _reach(rows):
     """Error bars [2, n] of top-1 accuracy, in percent."""
-    return 100 * reach(rows, "top1", "top1_low", "top1_high")
+    return 100 * style.reach(rows, *TOP1)
 
 
 def _legend_of_families(figure, colours, more=()):
     """Legend below the figure: the families whose colours occur, then `more` handles."""
     families = [Patch(color=colour, label=name) for name, colour in FAMILY_COLOURS.items() if colour in colours]
-    legend_below(figure, [*families, *more], 4)
+    style.legend_below(figure, [*families, *more], 4)
 
 
 # -- accuracy
 def plot_comparison(predictors, split="problems", hop=None, domain="all"):
     """Bars of all predictors, best first: top-1 accuracy with interval, and top-2; slot overlap, and whole sets.
 
-    `predictors`: predictors.csv. hop: default the smallest. Raises NothingToDraw where nothing was predicted so.
+    `predictors`: predictors.csv. hop: default the smallest.
     """
     rows, hop = _chosen(predictors, split, hop, domain)
     rows = rows.set_index("predictor").loc[_ranked(rows)].reset_index()
     places = np.arange(len(rows))
     colours = [FAMILY_COLOURS[STYLES[name][0]] for name in rows["predictor"]]
-    figure, (left, right) = new_figure(13.5, 1.9 + 0.36 * len(rows), 1, 2)
+    figure, (left, right) = style.new_figure(13.5, 1.9 + 0.36 * len(rows), 1, 2)
     parts = (
-        (left, "top1", "top2", "strongest expert predicted right (% of cells)", "right in two guesses"),
-        (right, "slot_overlap", "whole_set", "share of the experts used that were predicted (%)", "all experts right"),
+        (left, "top1", "top2", "strongest expert predicted right (% of cells)", f"Strongest expert ({_bars(rows)})"),
+        (right, "slot_overlap", "whole_set", "share of the experts used that were predicted (%)", "Set of experts"),
     )
-    for axes, bar, mark, label, _ in parts:
+    for axes, bar, mark, label, title in parts:
         axes.barh(places, 100 * rows[bar], color=colours, height=0.7, zorder=2)
         axes.scatter(100 * rows[mark], places, marker="D", s=26, color="white", edgecolor="black", lw=1.1, zorder=4)
-        ends = _reach(rows) if bar == "top1" else np.zeros((2, len(rows)))
-        if ends.any():
-            axes.errorbar(100 * rows[bar], places, xerr=ends, fmt="none", color="black", capsize=3, lw=1.3, zorder=5)
         for place, value in enumerate(rows[bar]):
-            axes.text(101, place, number_text(100 * value), va="center", fontsize=8.5)
-        name_rows(axes, [words(name) for name in rows["predictor"]])
+            axes.text(101, place, style.number_text(100 * value), va="center", fontsize=8.5)
+        style.name_rows(axes, [style.words(name) for name in rows["predictor"]])
         axes.set_xlim(0, 108)
         axes.set_xticks(range(0, 101, 20))
-        named(axes, label, "predictor")
-    meaning = f"{parts[0][4]} (left), {parts[1][4]} (right)"
+        style.named(axes, label, "predictor", title)
+    if _reach(rows).any():
+        look = dict(fmt="none", color="black", capsize=3, lw=1.3, zorder=5)
+        left.errorbar(100 * rows["top1"], places, xerr=_reach(rows), **look)
+    meaning = "right in two guesses (left), all experts right (right)"
     diamond = Line2D([], [], marker="D", ls="", color="white", markeredgecolor="black", ms=5, label=meaning)
     _legend_of_families(figure, colours, [diamond])
-    left.set_title(f"Strongest expert ({_bars(rows)})", fontsize=10)
-    right.set_title("Set of experts", fontsize=10)
-    figure.suptitle(f"{counted(hop)} ahead, split by {plain(split)}, domain {plain(domain)}", fontsize=10.5)
+    title = f"{style.counted(hop)} ahead, split by {style.plain(split)}, domain {style.plain(domain)}"
+    figure.suptitle(title, fontsize=10.5)
     return figure
 
 
 def plot_domains(predictors, split="problems", hop=None):
-    """Top-1 accuracy with interval by predictor, a marker for each data set. `predictors`: predictors.csv.
-
-    Raises NothingToDraw for one data set.
-    """
+    """Top-1 accuracy with interval by predictor, a marker for each data set. `predictors`: predictors.csv."""
     _, hop = _chosen(predictors, split, hop, "all")
     rows = predictors[(predictors["split"] == split) & (predictors["hop"] == hop)]
     names = [name for name in dict.fromkeys(rows["domain"]) if name != "all"]
-    if len(names) < 2:
-        raise NothingToDraw("one data set only: there is nothing to compare")
+    style.needs(len(names) > 1, "one data set only: there is nothing to compare")
     order = _ranked(rows[rows["domain"] == "all"])
-    figure, axes = new_figure(8.5, 1.6 + 0.36 * len(order))
-    looks = ((name, *style.series(number)) for number, name in enumerate(names))
-    for number, (name, colour, marker) in enumerate(looks):
-        part = rows[rows["domain"] == name].set_index("predictor").reindex(order)
-        places = np.arange(len(order)) + 0.5 * (number - (len(names) - 1) / 2) / len(names)
-        axes.errorbar(
-            100 * part["top1"], places, xerr=_reach(part), fmt=marker, color=colour,
-            ms=5.5, capsize=2.5, label=plain(name),
-        )  # fmt: skip
-    name_rows(axes, [words(name) for name in order])
+    figure, axes = style.new_figure(8.5, 1.6 + 0.36 * len(order))
+    percent = rows.assign(**{column: 100 * rows[column] for column in TOP1})
+    for number, name in enumerate(names):
+        part = percent[percent["domain"] == name].set_index("predictor").reindex(order)
+        places = np.arange(len(order)) + style.aside(number, len(names), 0.5)
+        style.dots(axes, part, places, TOP1, *style.series(number), label=style.plain(name))
+    style.name_rows(axes, [style.words(name) for name in order])
     axes.set_xlim(left=0)
     label = f"strongest expert predicted right (% of cells; {_bars(rows)})"
-    named(axes, label, "predictor", f"By data set, {counted(hop)} ahead")
-    legend_right(axes)
+    style.named(axes, label, "predictor", f"By data set, {style.counted(hop)} ahead")
+    style.legend_right(axes)
     return figure
 
 
 def plot_layers(per_layer, split="problems", hop=None, domain="all"):
-    """Top-1 accuracy by target layer, a line for each predictor. `per_layer`: predictors_per_layer.csv.
-
-    hop: default the smallest. Raises NothingToDraw where nothing was predicted so.
-    """
+    """Top-1 accuracy by target layer, a line for each predictor. `per_layer`: predictors_per_layer.csv."""
     rows, hop = _chosen(per_layer, split, hop, domain)
     width = min(max(8.5, 4.5 + 0.28 * rows["layer"].nunique()), 13.5)
-    title = f"Accuracy by target layer, {counted(hop)} ahead (legend: best first)"
+    title = f"Accuracy by target layer, {style.counted(hop)} ahead (legend: best first)"
     return _lines(rows, width, title, "layer", "target layer")
 
 
 def plot_hops(predictors, split="problems", domain="all"):
-    """Top-1 accuracy with interval by how many layers ahead, a line for each predictor. `predictors`: predictors.csv.
-
-    Raises NothingToDraw for one hop.
-    """
+    """Top-1 accuracy with interval by layers ahead, a line for each predictor. `predictors`: predictors.csv."""
     rows = predictors[(predictors["split"] == split) & (predictors["domain"] == domain)]
-    if rows["hop"].nunique() < 2:
-        raise NothingToDraw("one hop only was predicted: see --hops of scripts/journeys/03_predict.py")
+    style.needs(rows["hop"].nunique() > 1, "one hop only was predicted: see --hops of scripts/journeys/03_predict.py")
     title = f"Accuracy by layers ahead ({_bars(rows)}; legend: best first)"
     return _lines(rows, 9.5, title, "hop", "layers ahead")
 
 
 # -- cache
 def _nearest(values, wanted):
-    """The listed value whose ratio to `wanted` is nearest to 1."""
-    return min(values, key=lambda value: abs(math.log(value / wanted)))
+    """The value whose ratio to `wanted` is nearest to 1; of two, the smaller one."""
+    return min(sorted(set(values)), key=lambda value: abs(math.log(value / wanted)))
 
 
-def _cache_of(curves, capacity=None, bandwidth_gb_s=None):
-    """(capacity, bandwidth) of the file nearest to those asked for; a capacity of None asks for half of the largest."""
-    held = sorted(set(curves.loc[curves["policy"] == "lru", "capacity"]) - {0})
-    if not held:
-        raise NothingToDraw("no cache sizes were simulated")
-    finite = [value for value in sorted(set(curves["bandwidth_gb_s"])) if math.isfinite(value)]
-    return _nearest(held, capacity or held[-1] / 2), _nearest(finite, bandwidth_gb_s)
+def _capacity_of(curves, wanted):
+    """The cache size of the file nearest to that wanted; None asks for half of the largest."""
+    held = curves.loc[(curves["policy"] == "lru") & (curves["capacity"] > 0), "capacity"]
+    style.needs(len(held), "no cache sizes were simulated")
+    return _nearest(held, wanted or held.max() / 2)
 
 
 def _prefetchers(curves):
     """The predictors to draw: of each family that with the shortest mean time per token."""
-    rows = curves[curves["policy"] == "prefetch"]
-    best = {}
-    for name in reversed(_ranked(rows, "ms_per_token")):
-        best.setdefault(STYLES[name][0], name)
+    slowest_first = _ranked(curves[curves["policy"] == "prefetch"], "ms_per_token")
+    best = {STYLES[name][0]: name for name in slowest_first}
     return [name for name in STYLES if name in best.values()]
 
 
@@ -229,10 +200,10 @@ def _plot_curves(curves, x, label, title):
     lines = [(POLICIES[name], 2.4, curves[curves["policy"] == name]) for name in POLICIES]
     for name in _prefetchers(curves):
         family, _, marker, _ = STYLES[name]
-        look = (f"LRU + prefetch by {words(name)}", PREFETCH_COLOURS[family], marker or ".", "-")
+        look = (f"LRU + prefetch by {style.words(name)}", PREFETCH_COLOURS[family], marker or ".", "-")
         lines.append((look, 1.2, curves[(curves["policy"] == "prefetch") & (curves["predictor"] == name)]))
     scopes = [scope for scope in SCOPES if (curves["scope"] == scope).any()]
-    figure, panels = new_figure(16, 3.2 * len(scopes) + 1.2, len(scopes), len(CURVES))
+    figure, panels = style.new_figure(16, 3.2 * len(scopes) + 1.2, len(scopes), len(CURVES))
     panels = np.reshape(panels, (len(scopes), len(CURVES)))
     for scope, row in zip(scopes, panels, strict=True):
         for (column, (name, factor)), axes in zip(CURVES.items(), row, strict=True):
@@ -248,7 +219,7 @@ def _plot_curves(curves, x, label, title):
                     axes.plot(part[x], factor * part[column], marker=marker, ms=5, markerfacecolor=face, **look)
             axes.set_xlabel(label)
             axes.set_title(SCOPES[scope], fontsize=9.5)
-    legend_below(figure, panels[0, 0], 4)
+    style.legend_below(figure, panels[0, 0], 4)
     figure.suptitle(f"{THEORY}\n{title}", fontsize=10.5)
     return figure
 
@@ -257,11 +228,7 @@ def _scale(axes, column, values, x):
     """Limits of y, from 0; speed-ups and (over bandwidth) stalls are logarithmic where they span a factor of 10."""
     low, high = values.min(), values.max()
     if (column == "speedup" or (column, x) == ("stall_ms_per_token", "bandwidth_gb_s")) and high > 10 * low > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_ylabel(f"{axes.get_ylabel()} (logarithmic)")
+        axes.set_ylabel(axes.get_ylabel() + style.logarithmic(axes))
     elif column == "hit_rate":
         axes.set_ylim(-3, 103)
     else:
@@ -273,28 +240,26 @@ def plot_cache_sizes(curves, bandwidth_gb_s=25.0):
 
     `curves`: cache_curves.csv; all policies, and prefetching by the best predictor of each kind.
     """
-    _, bandwidth = _cache_of(curves, None, bandwidth_gb_s)
+    style.needs((curves["capacity"] > 0).any(), "no cache sizes were simulated")
+    bandwidth = _nearest(curves["bandwidth_gb_s"], bandwidth_gb_s)
     rows = curves[curves["bandwidth_gb_s"] == bandwidth]
     title = f"Over the size of the cache, at {bandwidth:g} GB/s, {int(rows['tokens'].iloc[0]):,} tokens"
     figure = _plot_curves(rows, "capacity", "experts held per layer (on average)", title)
     for axes in figure.axes:
-        whole_numbers(axes)
+        style.whole_numbers(axes)
     return figure
 
 
 def plot_bandwidths(curves, capacity=None):
     """Hits, bytes, stall and speed-up over bandwidth, at the simulated cache size nearest to that given.
 
-    `curves`: cache_curves.csv; capacity: experts held per layer, default half of the largest. Raises
-    NothingToDraw for one bandwidth.
+    `curves`: cache_curves.csv; capacity: experts held per layer, default half of the largest.
     """
-    capacity, _ = _cache_of(curves, capacity, 1.0)
-    if curves["bandwidth_gb_s"].nunique() < 2:
-        raise NothingToDraw("one bandwidth only was simulated")
+    capacity = _capacity_of(curves, capacity)
+    style.needs(curves["bandwidth_gb_s"].nunique() > 1, "one bandwidth only was simulated")
     rows = curves[(curves["capacity"] == capacity) | (curves["policy"] == "on_demand")]
     rows = rows[np.isfinite(rows["bandwidth_gb_s"])]
-    tokens = int(rows["tokens"].iloc[0])
-    title = f"Over the bandwidth of the link, {capacity} experts held per layer, {tokens:,} tokens"
+    title = f"Over the bandwidth of the link, {capacity} experts held per layer, {int(rows['tokens'].iloc[0]):,} tokens"
     figure = _plot_curves(rows, "bandwidth_gb_s", "bandwidth (GB/s, logarithmic)", title)
     ticks = sorted(set(rows["bandwidth_gb_s"]))
     for axes in figure.axes:
@@ -307,38 +272,31 @@ def plot_bandwidths(curves, capacity=None):
 def plot_prefetch(curves, capacity=None, bandwidth_gb_s=25.0, scope="per_layer"):
     """What prefetching with each predictor saves in stall, and moves in excess, against LRU alone.
 
-    `curves`: cache_curves.csv; at the simulated cache size and bandwidth nearest to those given. Raises NothingToDraw
-    without predictors.
+    `curves`: cache_curves.csv; at the simulated cache size and bandwidth nearest to those given.
     """
-    capacity, bandwidth = _cache_of(curves, capacity, bandwidth_gb_s)
-    rows = curves[(curves["scope"] == scope) & (curves["bandwidth_gb_s"] == bandwidth)]
-    rows = rows[rows["capacity"] == capacity]
+    capacity, bandwidth = _capacity_of(curves, capacity), _nearest(curves["bandwidth_gb_s"], bandwidth_gb_s)
+    rows = curves.query("scope == @scope and bandwidth_gb_s == @bandwidth and capacity == @capacity")
     ahead = rows[rows["policy"] == "prefetch"].sort_values("stall_ms_per_token", kind="stable")
-    if ahead.empty:
-        raise NothingToDraw("no predictor was used to prefetch")
+    style.needs(len(ahead), "no predictor was used to prefetch")
     alone = rows[rows["policy"] == "lru"].iloc[0]
     places = np.arange(len(ahead))
     colours = [FAMILY_COLOURS[STYLES[name][0]] for name in ahead["predictor"]]
-    figure, panels = new_figure(12.5, 2.2 + 0.34 * len(ahead), 1, 2)
+    figure, panels = style.new_figure(12.5, 2.2 + 0.34 * len(ahead), 1, 2)
+    stall, moved = alone["stall_ms_per_token"], alone["mb_per_token"]
     parts = (
-        (alone["stall_ms_per_token"] - ahead["stall_ms_per_token"], f"stall saved (ms per token; LRU alone: "
-         f"{alone['stall_ms_per_token']:,.3g})"),
-        (ahead["mb_per_token"] - alone["mb_per_token"], f"moved in excess (MB per token; LRU alone: "
-         f"{alone['mb_per_token']:,.0f})"),
-    )  # fmt: skip
+        (stall - ahead["stall_ms_per_token"], f"stall saved (ms per token; LRU alone: {stall:,.3g})"),
+        (ahead["mb_per_token"] - moved, f"moved in excess (MB per token; LRU alone: {moved:,.0f})"),
+    )
     for axes, (values, label) in zip(panels, parts, strict=True):
-        values = values.to_numpy(float)
         axes.barh(places, values, color=colours, height=0.7)
         for place, value in enumerate(values):
             axes.text(max(value, 0), place, f" {value:,.3g}", va="center", fontsize=8.5)
-        name_rows(axes, [words(name) for name in ahead["predictor"]])
+        style.name_rows(axes, [style.words(name) for name in ahead["predictor"]])
         axes.set_xlim(0, 1.18 * max(values.max(), 1e-9))
-        named(axes, label, "predictor")
+        style.named(axes, label, "predictor")
     _legend_of_families(figure, colours)
-    figure.suptitle(
-        f"{THEORY}\nPrefetching over LRU: {SCOPES[scope]}, {capacity} experts held per layer, {bandwidth:g} GB/s",
-        fontsize=10.5,
-    )
+    title = f"Prefetching over LRU: {SCOPES[scope]}, {capacity} experts held per layer, {bandwidth:g} GB/s"
+    figure.suptitle(f"{THEORY}\n{title}", fontsize=10.5)
     return figure
 
 
@@ -347,36 +305,35 @@ def comparison_table(predictors, split="problems", hop=None, domain="all"):
     """predictors.csv for display at one hop (default: the smallest), best first."""
     rows, hop = _chosen(predictors, split, hop, domain)
     rows = rows.set_index("predictor").loc[_ranked(rows)]
-    random = rows["top1"].get("uniform", math.nan)
+    random = rows["top1"].get("uniform") or math.nan
     return pd.DataFrame(
         {
-            "top-1 (%)": percent_texts(rows["top1"]),
-            "95 % interval": interval_texts(rows["top1_low"], rows["top1_high"], 100),
-            "times random": [number_text(value / random if random else math.nan, "{:.2f}") for value in rows["top1"]],
-            "top-2 (%)": percent_texts(rows["top2"]),
-            "experts found (%)": percent_texts(rows["slot_overlap"]),
-            "whole set (%)": percent_texts(rows["whole_set"]),
-            "calibration error": [number_text(value, "{:.3f}") for value in rows["ece"]],
-            "training (s)": [number_text(value) for value in rows["train_seconds"]],
-            "prediction (µs)": [number_text(value) for value in rows["predict_us"]],
-            "parameters": [number_text(value, "{:,.0f}") for value in rows["parameters"]],
+            "top-1 (%)": style.number_texts(100 * rows["top1"]),
+            "95 % interval": style.interval_texts(100 * rows["top1_low"], 100 * rows["top1_high"]),
+            "times random": style.number_texts(rows["top1"] / random, "{:.2f}"),
+            "top-2 (%)": style.number_texts(100 * rows["top2"]),
+            "experts found (%)": style.number_texts(100 * rows["slot_overlap"]),
+            "whole set (%)": style.number_texts(100 * rows["whole_set"]),
+            "calibration error": style.number_texts(rows["ece"], "{:.3f}"),
+            "training (s)": style.number_texts(rows["train_seconds"]),
+            "prediction (µs)": style.number_texts(rows["predict_us"]),
+            "parameters": style.number_texts(rows["parameters"], "{:,.0f}"),
         },
-        index=pd.Index([words(name) for name in rows.index], name=f"{counted(hop)} ahead"),
+        index=pd.Index([style.words(name) for name in rows.index], name=f"{style.counted(hop)} ahead"),
     )
 
 
 def leakage_table(leakage):
-    """leakage.csv for display. Raises NothingToDraw where nothing was compared."""
-    if leakage.empty:
-        raise NothingToDraw("no predictor was scored under both splits")
+    """leakage.csv for display."""
+    style.needs(len(leakage), "no predictor was scored under both splits")
     return pd.DataFrame(
         {
             "layers ahead": leakage["hop"].to_numpy(),
             "test rows": [f"{rows:,}" for rows in leakage["rows"]],
-            "split by row (%)": percent_texts(leakage["top1_rows_split"]),
-            "split by problem (%)": percent_texts(leakage["top1_problem_split"]),
-            "leakage (points)": percent_texts(leakage["leakage"], "{:+.1f}"),
-            "95 % interval": interval_texts(leakage["ci_low"], leakage["ci_high"], 100, "{:+.1f}"),
+            "split by row (%)": style.number_texts(100 * leakage["top1_rows_split"]),
+            "split by problem (%)": style.number_texts(100 * leakage["top1_problem_split"]),
+            "leakage (points)": style.number_texts(100 * leakage["leakage"], "{:+.1f}"),
+            "95 % interval": style.interval_texts(100 * leakage["ci_low"], 100 * leakage["ci_high"], "{:+.1f}"),
         },
-        index=pd.Index([words(name) for name in leakage["predictor"]], name="predictor"),
+        index=pd.Index([style.words(name) for name in leakage["predictor"]], name="predictor"),
     )

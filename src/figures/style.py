@@ -15,7 +15,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 BLACK, GREY = "#000000", "#7F7F7F"
 BLUE, ORANGE, GREEN, PINK, LIGHT_BLUE, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
@@ -24,6 +24,9 @@ MARKERS = "osD^vPX"
 SPARSITY_MAP = "cividis"
 SIGNED_MAP = "PuOr"
 DELTA_NLL = "Δ NLL against baseline (nats per token)"
+# an estimate and the ends of its interval: columns of tables of gates
+COST = ("delta_nll", "ci_low", "ci_high")
+VERSUS_RANDOM = ("vs_random", "vs_random_ci_low", "vs_random_ci_high")
 SIGNIFICANT = 0.05  # after Holm's correction
 
 # The groups of gates and their colours, from those that know nothing to those that know everything.
@@ -82,6 +85,18 @@ class NothingToDraw(ValueError):
     """A result file holds nothing that this figure could show; the message says why."""
 
 
+def needs(condition, reason):
+    """Raise NothingToDraw with its reason where what a figure or a table needs is not there."""
+    if not condition:
+        raise NothingToDraw(reason)
+
+
+def pairs_of(table):
+    """[(domain a, domain b, its rows)] of a table over pairs of domains. Raises NothingToDraw where there is none."""
+    needs(len(table), "one data set only: there is nothing to compare")
+    return [(a, b, rows) for (a, b), rows in table.groupby(["domain_a", "domain_b"], sort=False)]
+
+
 # -- files
 def read_result(path, script, inferred=()):
     """Read one result file; where it is missing, print which script writes it and return None.
@@ -109,11 +124,11 @@ def read_result(path, script, inferred=()):
     return table
 
 
-def save_figure(figure, path, dpi=150):
+def save_figure(figure, path):
     """Write `figure` as PNG with the same bytes for the same data (no date, no software version inside)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi, metadata={"Software": None})
+    figure.savefig(path, dpi=150, metadata={"Software": None})
     return path
 
 
@@ -159,11 +174,10 @@ def gate_colour(name):
 
 def looks(names):
     """Name of a gate -> (colour, marker, line); gates of one colour differ in their lines and markers."""
-    found, seen = {}, {}
+    found = {}
     for number, name in enumerate(names):
-        colour = gate_colour(name)
-        found[name] = (colour, series(number)[1], ("-", "--", "-.", ":")[seen.get(colour, 0) % 4])
-        seen[colour] = seen.get(colour, 0) + 1
+        alike = sum(colour == gate_colour(name) for colour, *_ in found.values())
+        found[name] = (gate_colour(name), series(number)[1], ("-", "--", "-.", ":")[alike % 4])
     return found
 
 
@@ -189,6 +203,28 @@ def sparse_labels(values, most):
     return [str(value) if index % step == 0 else "" for index, value in enumerate(values)]
 
 
+# -- numbers as text
+def number_text(value, form="{:.1f}"):
+    """A number as text, "-" where there is none."""
+    return "-" if value is None or not math.isfinite(float(value)) else form.format(float(value))
+
+
+def number_texts(values, form="{:.1f}"):
+    """Numbers as a column of a table."""
+    return [number_text(value, form) for value in values]
+
+
+def interval_texts(low, high, form="{:.1f}"):
+    """Intervals as a column of a table; "-" where there is none."""
+    ends = zip(low, high, strict=True)
+    return [f"{form.format(a)} to {form.format(b)}" if math.isfinite(a) else "-" for a, b in ends]
+
+
+def counted(count, noun="layer"):
+    """A count with its noun: `1 layer`, `2 layers`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 # -- figures
 def new_figure(width, height, rows=1, columns=1, **gridspec):
     """Figure and axes outside pyplot's registry: nothing to close, nothing shown by itself."""
@@ -205,6 +241,27 @@ def reach(rows, centre, low, high):
     """
     ends = [rows[centre] - rows[low], rows[high] - rows[centre]]
     return np.nan_to_num(np.maximum(np.array(ends, dtype=float), 0), posinf=1e6)
+
+
+def named(axes, x, y="", title=None):
+    """Name both axes, and the panel where it has a title."""
+    axes.set(xlabel=x, ylabel=y)
+    if title is not None:
+        axes.set_title(title, fontsize=10)
+
+
+def whole_numbers(axes):
+    """Ticks of x at whole numbers only: layers, hops."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def logarithmic(axes):
+    """Make y logarithmic, with plain numbers at its ticks; returns the note for its label."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    return " (logarithmic)"
 
 
 def series(number):
@@ -239,12 +296,13 @@ def mark(marker, filled, label, colour="black"):
 
 
 def fit(axes, rows, *columns):
-    """Few ticks, and room for 0 and every finite value of the columns: estimates and the ends of their intervals."""
+    """Few ticks, a line at 0 (which is returned), and room for it and all finite values of the columns."""
     axes.xaxis.set_major_locator(MaxNLocator(5))
     ends = np.array([0.0, *rows[list(columns)].to_numpy(float).ravel()])
     ends = ends[np.isfinite(ends)]
     room = 0.08 * max(np.ptp(ends), 1e-9)
     axes.set_xlim(ends.min() - room, ends.max() + room)
+    return axes.axvline(0, color=BLACK, lw=1)
 
 
 def panels_for(count, columns, width, height, base=(1.0, 0.6)):
@@ -265,7 +323,69 @@ def legend_below(figure, handles, columns=6):
     figure.legend(handles=handles, fontsize=8.5, ncols=columns, frameon=False, loc="outside lower center")
 
 
+def legend_right(axes, title=None):
+    """Legend to the right of the panel, so that it covers no line."""
+    axes.legend(fontsize=8.5, title=title, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
 def legend_of_groups(figure, groups, more=()):
     """Legend below the figure: colours of the groups of gates, then `more` handles."""
     handles = [Patch(color=COLOURS[group], label=group) for group in LADDER_GROUPS if group in set(groups)]
     legend_below(figure, [*handles, *more], 4)
+
+
+# -- heat maps of experts and layers
+def side_by_side(items):
+    """[(item, colour, marker)] for a line of each item."""
+    colours = SERIES if len(items) <= len(SERIES) else sns.color_palette(SPARSITY_MAP, len(items))
+    return [(item, colours[number], MARKERS[number % len(MARKERS)]) for number, item in enumerate(items)]
+
+
+def layer_width(layers, least=7.0):
+    """Width in inches of a panel with one column per layer."""
+    return min(max(least, 2.6 + 0.3 * layers), 15.0)
+
+
+def heatmap(axes, values, label, rows, columns, *, limits=None, numbers=None, square=False):
+    """Heat map of values [rows, columns]; NaN is grey, labels are thinned, `numbers` is a format where cells get one.
+
+    label: of the colour bar, "" for none. limits: (low, high), else those of the values; with (-x, x) the
+    values are signed, and white is 0.
+    """
+    values = np.asarray(values, dtype=float)
+    known = values[np.isfinite(values)]
+    low, high = limits or ((known.min(), known.max()) if known.size else (0.0, 1.0))
+    sns.heatmap(
+        values, ax=axes, cmap=SIGNED_MAP if low == -high < 0 else SPARSITY_MAP, vmin=low,
+        vmax=high if high > low else low + 1e-9, square=square,
+        annot=numbers is not None, fmt=numbers or "", annot_kws={"fontsize": 8},
+        cbar=bool(label), cbar_kws={"label": label},
+        xticklabels=sparse_labels(list(columns), 18 if square else 34),
+        yticklabels=sparse_labels(list(rows), 18),
+    )  # fmt: skip
+    axes.tick_params(axis="both", rotation=0, labelsize=8.5, length=0)
+    axes.grid(visible=False)
+    axes.set_facecolor("0.82")  # of cells without a value
+
+
+def expert_grid(table, column):
+    """(values [E, L], expert ids, layer ids) of a table with a row per layer and expert."""
+    grid = table.pivot(index="expert", columns="layer", values=column)
+    return grid.to_numpy(float), list(grid.index), list(grid.columns)
+
+
+def expert_panels(grids, numbers=".0f", least=7.0):
+    """Heat maps expert x layer below each other; returns (figure, axes of the panels, whether cells hold numbers).
+
+    grids: (values [E, L], expert ids, layer ids, title, label of the colour bar, limits) for each panel, all of the
+    same layers and experts. numbers: their format, where there are few enough. least: width in inches of few layers.
+    """
+    _, experts, layers, *_ = grids[0]
+    height = min(max(1.5, 0.24 * len(experts)), 9.0)
+    figure, axes = new_figure(layer_width(len(layers), least), len(grids) * (height + 1.1), len(grids), 1)
+    few = len(layers) <= 10 and len(experts) <= 16
+    panels = np.atleast_1d(axes)
+    for panel, (values, _, _, title, label, limits) in zip(panels, grids, strict=True):
+        heatmap(panel, values, label, experts, layers, limits=limits, numbers=numbers if few else None)
+        named(panel, "layer", "expert", title)
+    return figure, panels, few

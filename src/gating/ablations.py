@@ -26,13 +26,12 @@ from src.gating.runs import Study, score_gate
 from src.gating.tables import mean_table, paired
 from src.hybrid.attach import attach_mamba_sidecar, detach_mamba_sidecars
 from src.hybrid.calibration import calibrate_gates
-from src.hybrid.distill import DistillSettings, train_stage_a, train_stage_b
+from src.hybrid.distill import Distillation, DistillSettings, train_stage_a, train_stage_b
 from src.hybrid.gates import FixedGate, Gate, MaskGate, ScoredGate, matched_random_masks
 from src.hybrid.layer import attachment_of, base_logits, set_gate
 from src.hybrid.recovery import measure_recovery
 from src.hybrid.sidecar import SidecarSettings, attention_settings
 from src.hybrid.sidecar_sets import SidecarSet
-from src.models.families import decoder_layers
 
 DISTILLATION_ABLATIONS = ("init", "stages", "d_state", "tokens")
 D_STATES = (16, 64, 128)
@@ -114,8 +113,7 @@ def variants(
     full = Variant("", "", settings, steps_a, steps_b)
     found = []
     if "init" in ablations:
-        attention = decoder_layers(model)[layers[0]].self_attn
-        shape = attention_settings(attention, model.config.hidden_size, layers[0], settings)
+        shape = attention_settings(model, layers[0], settings)
         for init in ("random", "attention"):
             found.append(replace(full, ablation="init", name=init, settings=replace(shape, init=init)))
     if "stages" in ablations:
@@ -141,17 +139,12 @@ def train_variant(study: Study, protocol: Protocol, variant: Variant) -> list[di
     Raises ValueError as `distill.train_stage_a`.
     """
     target = protocol.folder / variant.folder
-    common = {
-        "train": protocol.train,
-        "validation": protocol.validation,
-        "folder": target,
-        "checkpoints": target / "checkpoints",
-    }
+    run = Distillation(study.model, protocol.train, protocol.validation, target, target / "checkpoints")
     steps_a = replace(protocol.stage_a, steps=variant.steps_a)
-    rows = train_stage_a(study.model, study.layers, variant.settings, settings=steps_a, **common)
+    rows = train_stage_a(run, study.layers, variant.settings, steps_a)
     if variant.steps_b:
         steps_b = replace(protocol.stage_b, steps=variant.steps_b)
-        rows = rows + train_stage_b(study.model, study.layers, settings=steps_b, **common)
+        rows = rows + train_stage_b(run, study.layers, steps_b)
     curves = pd.DataFrame(rows).query("split == 'validation'")
     curves = curves.groupby(["stage", "quantity", "step", "tokens"], as_index=False)["value"].mean()
     return [

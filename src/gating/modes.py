@@ -58,29 +58,23 @@ class Mode:
 
     def columns(self) -> dict:
         """The columns MODE_COLUMNS of its row."""
-        return {
+        return BASELINE | {
             "kind": self.gate.mode,
             "gate": self.gate.mode,
             "hard": bool(getattr(self.gate, "hard", False)),
             "signal": getattr(self.gate, "signal", "none"),
             "temperature": None if getattr(self.gate, "hard", True) else self.gate.temperature,
             "threshold": "" if self.gate.mode == "fixed" else self.threshold,
-            "recipe": "",
-            "matched_to": "",
             "cheap_path": "mamba",
-            "uses_document": False,
             "share_target": self.share,
         }
 
     def control_columns(self, recipe: str, share: float) -> dict:
         """The columns of a control matched to it; `share` is the one that it has."""
-        return {
+        return BASELINE | {
             "kind": "control",
             "gate": recipe,
             "hard": True,
-            "signal": "none",
-            "temperature": None,
-            "threshold": "",
             "recipe": recipe,
             "matched_to": self.name,
             "cheap_path": "mamba",
@@ -195,11 +189,6 @@ def _with_own_random(mode: Mode) -> Mode:
     return replace(mode, against=mode.control_name("random"), recipes=("random",))
 
 
-def with_recipes(mode: Mode, names: Sequence[str]) -> Mode:
-    """The mode with those of its controls alone that are named."""
-    return replace(mode, recipes=tuple(recipe for recipe in mode.recipes if recipe in names))
-
-
 def further_modes(modes: Sequence[Mode], share: float, explained: bool) -> list[Mode]:
     """What the further sets of sidecars measure: hard routing against random and its own shuffled decisions, and fixed
     alpha, at `share`; where the answer is explained at every share, with the oracle, and the learned gate too."""
@@ -208,6 +197,10 @@ def further_modes(modes: Sequence[Mode], share: float, explained: bool) -> list[
     fixed = [mode for mode in modes if mode.gate.mode == "fixed"]
     wanted = [mode for mode in leading + fixed if explained or mode.share == share]
     learned = [mode for mode in modes if explained and mode.gate.mode == "learned" and mode.share == share]
-    chosen = [with_recipes(mode, kept) for mode in wanted if mode in leading]
+    chosen = [
+        replace(mode, recipes=tuple(recipe for recipe in mode.recipes if recipe in kept))
+        for mode in wanted
+        if mode in leading
+    ]
     plain = [mode for mode in modes if mode in learned or (mode in wanted and mode in fixed)]
     return chosen + plain

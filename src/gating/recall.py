@@ -387,13 +387,7 @@ def _recall(study: Study, gate: Gate, asked: list[RecallExample], label: str) ->
 
 # -- parts of examples
 def _in_text(
-    task: str,
-    tokenizer,
-    length: int,
-    examples: int,
-    seed: int,
-    documents: Sequence[Document],
-    draw: Draw,
+    task: str, tokenizer, length: int, examples: int, seed: int, documents: Sequence[Document], draw: Draw
 ) -> list[RecallExample]:
     """Examples of running text with the inserts that `draw` returns, exactly `length` tokens long."""
     _check(length, examples)

@@ -244,10 +244,8 @@ def _answer(documents: pd.DataFrame, rule: Rule, margin: float) -> dict:
     if len(tokens) >= 2:
         numbers["minimum_detectable_effect"] = stats.minimum_detectable_effect(a, b, tokens)
         if margin > 0:
-            test = stats.equivalence_test(
-                a, b, tokens, margin, resamples=rule.resamples, seed=rule.seed, method="studentised"
-            )
-            numbers |= {"equivalence_p": test.p, "equivalent_within_margin": test.equivalent}
+            p, equivalent = rule.bootstrap.equivalence(a, b, tokens, margin)
+            numbers |= {"equivalence_p": p, "equivalent_within_margin": equivalent}
     meaning = {
         "supported": "router sparsity picks tokens that need attention less than chance, and than its own decisions "
         "moved elsewhere, would",

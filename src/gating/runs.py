@@ -153,9 +153,8 @@ def score_gate(
 ) -> tuple[GateRecord, dict]:
     """One pass with a gate over documents (the evaluation text): what it did, and the run's content.
 
-    The set of sidecars must be attached.
-
-    The content is what a piece keeps: the sums per document (`table`) and what the whole pass measured.
+    The set of sidecars must be attached. The content is what a piece keeps: the sums per document (`table`) and what
+    the whole pass measured.
     """
     tokens = study.session.tokens["evaluation"] if documents is None else documents
     device = eval_utils.model_device(study.model)

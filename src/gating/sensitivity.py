@@ -279,9 +279,7 @@ def agreement(
     return Agreement(pooled, {int(layer): correlation(layers == layer) for layer in np.unique(layers)})
 
 
-# ---------------------------------------------------------------- windows
-
-
+# -- windows
 def _sum_over_windows(
     model: nn.Module,
     token_documents: Sequence[TokenDocument],

@@ -29,9 +29,7 @@ DOMAIN_COLUMNS = (
     "ci_high", *AGAINST,
 )  # fmt: skip
 # What a gate ablation takes from the row of a gate.
-ABLATION_COLUMNS = (
-    "share_realised", "delta_nll", "ci_low", "ci_high", *AGAINST
-)  # fmt: skip
+ABLATION_COLUMNS = ("share_realised", "delta_nll", "ci_low", "ci_high", *AGAINST)
 SUM_COLUMNS = ["mode", "sidecar_seed", "document", "domain", "tokens", "num_bytes", "nll", "mamba_share"]
 
 

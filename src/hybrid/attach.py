@@ -8,9 +8,9 @@ from torch import nn
 from src.base.errors import UserError
 from src.hybrid.checkpoints import RETRAIN, load_sidecars, read_index
 from src.hybrid.gates import Gate, make_gate
-from src.hybrid.layer import GatedHybridLayer, SidecarAttachment, attachment_of, checked_layers, is_attached
+from src.hybrid.layer import GatedHybridLayer, SidecarAttachment, attachment_of, is_attached
 from src.hybrid.sidecar import SidecarSettings, new_sidecar
-from src.models.families import decoder_layers
+from src.models.families import decoder_layers, resolve_layers
 
 
 def attach_mamba_sidecar(
@@ -35,16 +35,15 @@ def attach_mamba_sidecar(
         gate object, beats them all. The sidecars are untrained, drawn from `seed` (a control), unless `sidecar_dir`
         names a folder of trained ones, which then also gives the settings.
 
-    Raises ValueError, with the value and the choices, for layers that are not there, an unknown mode, alpha outside
-    [0, 1], sidecars attached already, and what `set_gate` and `load_sidecars` refuse; the model is then unchanged.
+    Raises ValueError for layers that are not there, an unknown mode, alpha outside [0, 1], sidecars attached already,
+    and what `set_gate` and `load_sidecars` refuse; the model is then unchanged.
     """
     if is_attached(model):
-        raise ValueError(
-            f"sidecars are attached already, to layers {attachment_of(model).layers}; call detach_mamba_sidecars first"
-        )
+        there = attachment_of(model).layers
+        raise ValueError(f"sidecars are attached already, to layers {there}; call detach_mamba_sidecars first")
     layers = decoder_layers(model)
-    indices = checked_layers(layer_indices, len(layers))
-    gate = make_gate(gate_mode, alpha, signal, hard, temperature, threshold, seed) if gate is None else gate
+    indices = resolve_layers(list(layer_indices), len(layers))
+    gate = gate or make_gate(gate_mode, alpha, signal, hard, temperature, threshold, seed)
     if sidecar_dir is not None:
         stored = SidecarSettings(**read_index(sidecar_dir)["settings"])
         if settings is not None and settings != stored:
@@ -57,14 +56,13 @@ def attach_mamba_sidecar(
         attachment.set_gate(gate)
         for index, sidecar in zip(indices, sidecars, strict=True):
             hybrid = GatedHybridLayer(layers[index].self_attn, sidecar, attachment, index)
-            hybrid.gate_proj.to(next(sidecar.parameters()).device)
-            hybrid.sidecar.requires_grad_(False)
-            hybrid.gate_proj.requires_grad_(False)
+            hybrid.gate_proj.to(next(sidecar.parameters()).device).requires_grad_(False)
+            sidecar.requires_grad_(False)
             layers[index].self_attn = hybrid.train(model.training)
         if sidecar_dir is not None:
-            load_sidecars(model, sidecar_dir, indices, stage)
+            load_sidecars(model, sidecar_dir, stage)
     except BaseException:
-        _restore(attachment)
+        attachment.detach()
         raise
     return model
 
@@ -74,12 +72,5 @@ def detach_mamba_sidecars(model: nn.Module) -> nn.Module:
 
     Raises ValueError when no sidecars are attached.
     """
-    _restore(attachment_of(model))
+    attachment_of(model).detach()
     return model
-
-
-def _restore(attachment: SidecarAttachment) -> None:
-    for layer in decoder_layers(attachment.model):
-        if isinstance(layer.self_attn, GatedHybridLayer):
-            layer.self_attn = layer.self_attn.attention
-    attachment.remove_hooks()

@@ -7,8 +7,6 @@ nor the cache class needs to know of sidecars.
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
-# ---------------------------------------------------------------- cache
-
 
 class HybridCacheLayer(LinearAttentionAndFullAttentionLayer):
     """A cache entry with keys and values, Mamba states, or both; its length counts tokens whichever path saw them.
@@ -69,9 +67,7 @@ def hybrid_cache_layer(cache: Cache, layer: int) -> HybridCacheLayer:
     if isinstance(entry, HybridCacheLayer):
         return entry
     if type(entry) not in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
-        raise ValueError(
-            f"sidecars work with a DynamicCache of full attention; layer {layer} has a {type(entry).__name__}"
-        )
+        raise ValueError(f"sidecars need a DynamicCache of full attention; layer {layer} has a {type(entry).__name__}")
     if entry.get_seq_length():
         raise ValueError(f"the cache holds tokens that layer {layer}'s sidecar has not seen; start a new cache")
     cache.layers[layer] = HybridCacheLayer()

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,16 +11,15 @@ import torch
 from torch import nn
 
 from src.base.errors import UserError
-from src.hybrid.layer import GatedHybridLayer, attachment_of, checked_layers
+from src.base.results import replace_file
+from src.hybrid.layer import attachment_of
 from src.hybrid.sidecar import MambaSidecar, SidecarSettings
 from src.models.families import decoder_layers
 
 STAGES = ("a", "b")
 FORMAT = 1  # of sidecars.json
 RETRAIN = "scripts/04_test_sidecar.py --retrain"
-
-
-# ---------------------------------------------------------------- on disk
+LEARNED_GATES = "learned_gate.safetensors"
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -32,7 +30,12 @@ def base_fingerprint(model: nn.Module) -> str:
     quantisation leaves alone); values below float16's normal range count as 0.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(_base_parameters(model)):
+    own = {
+        name.replace(".self_attn.attention.", ".self_attn."): parameter
+        for name, parameter in model.named_parameters()
+        if ".self_attn.sidecar." not in name and ".self_attn.gate_proj." not in name
+    }
+    for name, parameter in sorted(own.items()):
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         if parameter.ndim == 1 or "embed_tokens" in name or "router_proj" in name:
             values = parameter.detach().float()
@@ -44,22 +47,18 @@ def base_fingerprint(model: nn.Module) -> str:
 def save_sidecar(
     folder: str | Path, stage: str, layer: int, sidecar: MambaSidecar, matrix_dtype: torch.dtype | None = None
 ) -> Path:
-    """Write one sidecar to `<folder>/stage_<stage>/layer_<layer>.safetensors`, atomically; returns the path.
+    """Write one sidecar to `<folder>/stage_<stage>/layer_<layer>.safetensors`; returns the path.
 
     `matrix_dtype` stores the projections and the convolution in fewer bits; decays, steps and norms keep theirs.
     """
     tensors = sidecar.mixer.state_dict()
     if matrix_dtype is not None:
         tensors = {name: tensor.to(matrix_dtype) if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
-    return _save_tensors(_sidecar_path(folder, stage, layer), tensors)
+    return _save_tensors(sidecar_path(folder, stage, layer), tensors)
 
 
 def save_sidecars(
-    model: nn.Module,
-    folder: str | Path,
-    stage: str,
-    training: dict | None = None,
-    matrix_dtype: torch.dtype | None = None,
+    model: nn.Module, folder: str | Path, stage: str, training: dict, matrix_dtype: torch.dtype | None = None
 ) -> list[Path]:
     """Write all attached sidecars of a stage and their entry in `sidecars.json`; returns the paths written."""
     attachment = attachment_of(model)
@@ -67,16 +66,24 @@ def save_sidecars(
         save_sidecar(folder, stage, index, hybrid.sidecar, matrix_dtype)
         for index, hybrid in zip(attachment.layers, attachment.hybrid_layers(), strict=True)
     ]
-    return [*paths, update_index(folder, model, attachment.settings, stage, attachment.layers, training or {})]
+    return [*paths, update_index(folder, model, attachment.settings, stage, attachment.layers, training)]
+
+
+def sidecars_sha256(folder: str | Path, stage: str, layers: Sequence[int]) -> str:
+    """A hash over the files of these layers' sidecars of a stage."""
+    return files_sha256([sidecar_path(folder, stage, layer) for layer in layers])
+
+
+def files_sha256(files: Sequence[Path]) -> str:
+    """A hash over the names and contents of files, in this order."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def update_index(
-    folder: str | Path,
-    model: nn.Module,
-    settings: SidecarSettings,
-    stage: str,
-    layers: Sequence[int],
-    training: dict,
+    folder: str | Path, model: nn.Module, settings: SidecarSettings, stage: str, layers: Sequence[int], training: dict
 ) -> Path:
     """Enter trained layers into `<folder>/sidecars.json` (made where absent); `training`: settings, losses, plain JSON.
 
@@ -95,7 +102,7 @@ def update_index(
     entry = stages.setdefault(stage, {"layers": [], "training": {}})
     entry["layers"] = sorted({*entry["layers"], *layers})
     entry["training"] = {**entry["training"], **training}
-    _write_bytes(path, (json.dumps({**head, "stages": dict(sorted(stages.items()))}, indent=1) + "\n").encode())
+    replace_file(path, (json.dumps({**head, "stages": dict(sorted(stages.items()))}, indent=1) + "\n").encode())
     return path
 
 
@@ -109,9 +116,8 @@ def read_index(folder: str | Path) -> dict:
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is damaged ({error}); to make the sidecars anew", RETRAIN) from error
     if index.get("format") != FORMAT:
-        raise UserError(
-            f"{path} has format {index.get('format')!r}, this code reads {FORMAT}; to make the sidecars anew", RETRAIN
-        )
+        found = f"{path} has format {index.get('format')!r}, this code reads {FORMAT}"
+        raise UserError(f"{found}; to make the sidecars anew", RETRAIN)
     return index
 
 
@@ -127,36 +133,26 @@ def check_base(model: nn.Module, folder: str | Path) -> None:
     """Raise UserError, with the command to run, unless the folder's sidecars were made for this very base model."""
     if read_index(folder)["base"]["fingerprint"] != base_fingerprint(model):
         raise UserError(
-            f"the sidecars in {folder} were distilled from another checkpoint than the loaded model; to make them anew",
-            RETRAIN,
+            f"the sidecars in {folder} are of another checkpoint than the model; to make them anew", RETRAIN
         )
 
 
-def load_sidecars(
-    model: nn.Module, folder: str | Path, layer_indices: Sequence[int] | None = None, stage: str = "a"
-) -> None:
-    """Load trained weights into attached sidecars (all of them, or the given layers).
+def load_sidecars(model: nn.Module, folder: str | Path, stage: str = "a") -> None:
+    """Load the trained weights of a stage into all attached sidecars.
 
     Raises ValueError for sidecars of another checkpoint or of other settings, and layers that the folder lacks.
     """
     attachment = attachment_of(model)
-    index = read_index(folder)
-    wanted = attachment.layers if layer_indices is None else checked_layers(layer_indices, len(decoder_layers(model)))
-    absent = sorted(set(wanted) - set(available_layers(folder, stage)))
+    settings = read_index(folder)["settings"]
+    absent = sorted(set(attachment.layers) - set(available_layers(folder, stage)))
     if absent:
-        raise UserError(
-            f"no stage {stage} sidecar for layer {', '.join(map(str, absent))} in {folder}; to make them", RETRAIN
-        )
-    if index["settings"] != asdict(attachment.settings):
-        raise ValueError(
-            f"the sidecars in {folder} have settings {index['settings']}, not {asdict(attachment.settings)}"
-        )
+        names = ", ".join(map(str, absent))
+        raise UserError(f"no stage {stage} sidecar for layer {names} in {folder}; to make them", RETRAIN)
+    if settings != asdict(attachment.settings):
+        raise ValueError(f"the sidecars in {folder} have settings {settings}, not {asdict(attachment.settings)}")
     check_base(model, folder)
-    for layer in wanted:
-        hybrid = decoder_layers(model)[layer].self_attn
-        if not isinstance(hybrid, GatedHybridLayer):
-            raise ValueError(f"layer {layer} has no sidecar; attached are layers {attachment.layers}")
-        _load_tensors(hybrid.sidecar.mixer, _sidecar_path(folder, stage, layer))
+    for layer, hybrid in zip(attachment.layers, attachment.hybrid_layers(), strict=True):
+        _load_tensors(hybrid.sidecar.mixer, sidecar_path(folder, stage, layer))
 
 
 def save_learned_gates(model: nn.Module, folder: str | Path) -> Path:
@@ -167,12 +163,12 @@ def save_learned_gates(model: nn.Module, folder: str | Path) -> Path:
         for index, hybrid in zip(attachment.layers, attachment.hybrid_layers(), strict=True)
         for name, tensor in hybrid.gate_proj.state_dict().items()
     }
-    return _save_tensors(Path(folder) / "learned_gate.safetensors", tensors)
+    return _save_tensors(Path(folder) / LEARNED_GATES, tensors)
 
 
 def load_learned_gates(model: nn.Module, folder: str | Path) -> None:
     """Load linear gates into the attached layers. Raises ValueError where the folder has none, or lacks a layer."""
-    path = Path(folder) / "learned_gate.safetensors"
+    path = Path(folder) / LEARNED_GATES
     if not path.is_file():
         raise UserError(f"there is no learned gate in {folder}; to train it", RETRAIN)
     check_base(model, folder)
@@ -185,10 +181,10 @@ def load_learned_gates(model: nn.Module, folder: str | Path) -> None:
         hybrid.gate_proj.load_state_dict({name: tensors[f"{index}.{name}"] for name in ("weight", "bias")})
 
 
-def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in model.named_parameters():
-        if ".self_attn.sidecar." not in name and ".self_attn.gate_proj." not in name:
-            yield name.replace(".self_attn.attention.", ".self_attn."), parameter
+def sidecar_path(folder: str | Path, stage: str, layer: int) -> Path:
+    """Where a layer's sidecar of a stage is kept. Raises ValueError for an unknown stage."""
+    _check_stage(stage)
+    return Path(folder) / f"stage_{stage}" / f"layer_{layer}.safetensors"
 
 
 def _check_stage(stage: str) -> None:
@@ -196,13 +192,8 @@ def _check_stage(stage: str) -> None:
         raise ValueError(f"unknown stage {stage!r} of sidecars; choose one of {', '.join(STAGES)}")
 
 
-def _sidecar_path(folder: str | Path, stage: str, layer: int) -> Path:
-    _check_stage(stage)
-    return Path(folder) / f"stage_{stage}" / f"layer_{layer}.safetensors"
-
-
 def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    _write_bytes(path, safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+    replace_file(path, safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
     return path
 
 
@@ -215,10 +206,3 @@ def _load_tensors(module: nn.Module, path: Path) -> None:
     if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
         raise UserError(f"{path} does not fit the sidecar's shapes; to make it anew", RETRAIN)
     module.load_state_dict(tensors)
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -5,12 +5,13 @@ absolute logit, because models differ in scale; `passed` is None for what is onl
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -19,7 +20,7 @@ from src.eval_utils import WindowRef, model_device
 from src.hybrid.attach import attach_mamba_sidecar, detach_mamba_sidecars
 from src.hybrid.cache import HybridCacheLayer
 from src.hybrid.calibration import calibrate_gates
-from src.hybrid.checkpoints import load_learned_gates
+from src.hybrid.checkpoints import LEARNED_GATES, load_learned_gates
 from src.hybrid.gates import FixedGate, Gate, LearnedGate, RandomGate, RoutingGate, is_hard
 from src.hybrid.layer import attachment_of, record_gates, set_gate
 from src.hybrid.sidecar import MambaSidecar, SidecarSettings, mamba_kernels, pytorch_scan
@@ -32,93 +33,67 @@ LENGTHS = (33, 96, 61)
 NEW_TOKENS = 8
 
 
-@dataclass(frozen=True)
-class Check:
-    """One measured promise. `value` must not exceed `limit`; None where nothing could be measured."""
-
-    check: str
-    gate: str
-    passed: bool | None
-    value: float | None
-    limit: float | None
-    unit: str
-    note: str = ""
-
-
 def run_checks(
     model: nn.Module,
     layers: Sequence[int],
     documents: Sequence[TokenDocument],
     settings: SidecarSettings,
     sidecar_dir: str | Path | None = None,
-    stage: str = "a",
     seed: int = 0,
-    progress: bool = True,
 ) -> list[dict]:
     """Measure all promises on a model without sidecars, which is left as it was.
 
     layers: that get sidecars; documents: texts to measure and calibrate on (three of at least 97 tokens). The sidecars
-    are those of `sidecar_dir`, or untrained ones. Raises ValueError where the documents are too few or too short.
+    are those of stage A in `sidecar_dir`, or untrained ones. Raises ValueError where the documents are too few or too
+    short.
     """
     texts = _texts(model, documents)
-    before = [_logits(model, text) for text in texts]
-    padded, mask = _left_padded(texts)
-    before_padded = _logits(model, padded, mask)
-    common = {"settings": settings if sidecar_dir is None else None, "sidecar_dir": sidecar_dir, "stage": stage}
+    rows = [text[0] for text in texts]
+    padded = pad_sequence(rows, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
 
-    attach_mamba_sidecar(model, layers, alpha=0.0, gate_mode="fixed", seed=seed, **common)
+    def all_logits():
+        return [_logits(model, text) for text in texts] + [_logits(model, padded, mask)]
+
+    before = all_logits()
+    own = settings if sidecar_dir is None else None
+    attach_mamba_sidecar(model, layers, alpha=0.0, settings=own, sidecar_dir=sidecar_dir, seed=seed)
     try:
+        rows = [_identity("alpha 0 gives the base model's logits", all_logits(), before)]
         gates, notes = _gates(model, layers, documents, seed, sidecar_dir)
-        total = 1 + 4 * len(gates)
-        bar = tqdm(total=total, desc="checks", unit="check", disable=not progress)
-        checks = []
-
-        def add(*new):
-            checks.extend(new)
-            bar.update(len(new))
-
-        same = [_logits(model, text) for text in texts] + [_logits(model, padded, mask)]
-        add(_identity("alpha 0 gives the base model's logits", same, [*before, before_padded]))
-        for name, gate in gates.items():
+        for name, gate in tqdm(gates.items(), desc="checks", unit="gate"):
             set_gate(model, gate)
             whole, shares = _recorded(model, texts)
-            add(_cached(model, name, gate, texts, whole, shares))
-            add(_generated(model, name, texts))
-            add(_padded(model, name, gate, padded, mask, whole, shares))
-            add(_look_ahead(model, name, texts[1], whole[1]))
+            rows.append(_cached(model, name, gate, texts, whole, shares))
+            rows.append(_generated(model, name, texts[0]))
+            rows.append(_padded(model, name, gate, padded, mask, whole, shares))
+            rows.append(_look_ahead(model, name, texts[1], whole[1]))
     finally:
         detach_mamba_sidecars(model)
-    add(_identity("detaching restores the base model", [_logits(model, text) for text in texts], before))
-    bar.close()
-    checks.append(_every_layer_at_1(model, texts[1], settings, seed))
-    checks.append(_kernels(model, settings))
-    rows = [asdict(check) for check in checks]
-    return rows + [
-        asdict(Check("gate was not checked", name, None, None, None, "", note)) for name, note in notes.items()
-    ]
+    rows.append(_identity("detaching restores the base model", all_logits(), before))
+    rows += [_every_layer_at_1(model, texts[1], settings, seed), _kernels(model, settings)]
+    return rows + [_row("gate was not checked", name, note=note) for name, note in notes.items()]
+
+
+def _row(check, gate, passed=None, value=None, limit=None, unit="", note="") -> dict:
+    """One measured promise. `value` must not exceed `limit`; None where nothing could be measured."""
+    return {"check": check, "gate": gate, "passed": passed, "value": value, "limit": limit, "unit": unit, "note": note}
 
 
 def _gates(model, layers, documents, seed, sidecar_dir) -> tuple[dict[str, Gate], dict[str, str]]:
     """Gates by name, calibrated to share 0.5 where they can be, and why others are left out."""
-    gates: dict[str, Gate] = {
-        "fixed_0.5": FixedGate(0.5),
-        "fixed_1": FixedGate(1.0),
-        "random_0.5": RandomGate(0.5, seed=seed),
-    }
-    notes = {}
-    to_calibrate: dict[str, Gate] = {}
-    if has_router(model):
-        if 0 in layers:
-            notes["routing"] = "signal previous needs layers from 1 on; lookahead was checked"
-        else:
-            to_calibrate |= {
-                "routing_soft": RoutingGate(seed=seed),
-                "routing_hard": RoutingGate(hard=True, seed=seed),
-            }
-        to_calibrate["routing_lookahead_hard"] = RoutingGate(signal="lookahead", hard=True, seed=seed)
-    else:
+    gates = {"fixed_0.5": FixedGate(0.5), "fixed_1": FixedGate(1.0), "random_0.5": RandomGate(0.5, seed=seed)}
+    notes, to_calibrate = {}, {}
+    if not has_router(model):
         notes["routing"] = "the model has no router"
-    if sidecar_dir is not None and (Path(sidecar_dir) / "learned_gate.safetensors").is_file():
+    elif 0 in layers:
+        notes["routing"] = "signal previous needs layers from 1 on; lookahead was checked"
+    else:
+        to_calibrate["routing_soft"] = RoutingGate(seed=seed)
+        to_calibrate["routing_hard"] = RoutingGate(hard=True, seed=seed)
+    if has_router(model):
+        to_calibrate["routing_lookahead_hard"] = RoutingGate(signal="lookahead", hard=True, seed=seed)
+    if sidecar_dir is not None and (Path(sidecar_dir) / LEARNED_GATES).is_file():
         load_learned_gates(model, sidecar_dir)
     else:  # untrained: any direction will do, as long as tokens differ
         generator = torch.Generator().manual_seed(seed)
@@ -131,28 +106,30 @@ def _gates(model, layers, documents, seed, sidecar_dir) -> tuple[dict[str, Gate]
     return gates, notes
 
 
-def _cached(model, name, gate, texts, whole, shares) -> Check:
+def _cached(model, name, gate, texts, whole, shares) -> dict:
     """Prefill, a piece of several tokens, then token by token, against one pass without a cache."""
-    got, flipped = [], 0
+    got, recorded = [], {}
     for row, text in enumerate(texts):
         half = text.shape[1] // 2
-        pieces = [half, 7, *[1] * (text.shape[1] - half - 7)]
-        cache, start, outputs = DynamicCache(config=model.config), 0, []
         attachment_of(model).on_batch([WindowRef(f"text{row}", 0, half)])
-        with record_gates(model) as record, torch.no_grad():
-            for piece in pieces:
-                ids = text[:, start : start + piece]
-                outputs.append(model(input_ids=ids, past_key_values=cache, use_cache=True).logits)
-                start += piece
-        got.append(torch.cat(outputs, dim=1))
-        flipped += _flips(record.shares, shares, gate)
-    check = _close(model, "cached equals uncached", name, got, whole)
-    return _with_flips(model, check, gate, flipped)
+        with record_gates(model) as record:
+            got.append(_cached_logits(model, text, [half, 7, *[1] * (text.shape[1] - half - 7)])[0])
+        recorded |= record.shares
+    return _close(model, "cached equals uncached", name, gate, got, whole, recorded, shares)
 
 
-def _generated(model, name, texts) -> Check:
+def _cached_logits(model, text, lengths) -> tuple[torch.Tensor, int]:
+    """Logits [1, T, V] of a text fed in pieces of these lengths through one cache, and the tokens that it counted."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        pieces = [
+            model(input_ids=piece, past_key_values=cache, use_cache=True).logits for piece in text.split(lengths, dim=1)
+        ]
+    return torch.cat(pieces, dim=1), cache.get_seq_length()
+
+
+def _generated(model, name, prompt) -> dict:
     """Greedy generation with and without a cache: tokens that differ."""
-    prompt = texts[0]
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
     if model.generation_config.pad_token_id is None:
         settings["pad_token_id"] = int(prompt[0, 0])
@@ -160,24 +137,22 @@ def _generated(model, name, texts) -> Check:
         outputs = [model.generate(prompt, use_cache=cached, **settings)[0] for cached in (True, False)]
     length = min(len(output) for output in outputs)
     different = int((outputs[0][:length] != outputs[1][:length]).sum()) + abs(len(outputs[0]) - len(outputs[1]))
-    strict = model.dtype == torch.float32  # in 16 bits near-ties between tokens may fall either way
-    return Check(
-        "generation with a cache equals without", name, different == 0 if strict else None, different, 0, "tokens"
-    )
+    # in 16 bits near-ties between tokens may fall either way
+    passed = different == 0 if model.dtype == torch.float32 else None
+    return _row("generation with a cache equals without", name, passed, different, 0, "tokens")
 
 
-def _padded(model, name, gate, padded, mask, whole, shares) -> Check:
+def _padded(model, name, gate, padded, mask, whole, shares) -> dict:
     """Each row of a left-padded batch against the text alone."""
     lengths = [logits.shape[1] for logits in whole]
     attachment_of(model).on_batch([WindowRef(f"text{row}", 0, length) for row, length in enumerate(lengths)])
     with record_gates(model) as record:
         batch = _logits(model, padded, mask)
     got = [batch[row : row + 1, -length:] for row, length in enumerate(lengths)]
-    check = _close(model, "a left-padded batch equals single runs", name, got, whole)
-    return _with_flips(model, check, gate, _flips(record.shares, shares, gate))
+    return _close(model, "a left-padded batch equals single runs", name, gate, got, whole, record.shares, shares)
 
 
-def _look_ahead(model, name, text, whole) -> Check:
+def _look_ahead(model, name, text, whole) -> dict:
     """Change one token; logits before it must stay."""
     largest, vocabulary = 0.0, model.config.vocab_size
     for position in (text.shape[1] // 4, text.shape[1] // 2, text.shape[1] - 2):
@@ -186,28 +161,23 @@ def _look_ahead(model, name, text, whole) -> Check:
         attachment_of(model).on_batch([WindowRef("text1", 0, text.shape[1])])
         largest = max(largest, _difference([_logits(model, changed)[:, :position]], [whole[:, :position]]))
     limit = TOLERANCE[model.dtype]
-    return Check("no gate looks ahead", name, largest <= limit, largest, limit, "of the largest logit")
+    return _row("no gate looks ahead", name, largest <= limit, largest, limit, "of the largest logit")
 
 
-def _every_layer_at_1(model, text, settings, seed) -> Check:
+def _every_layer_at_1(model, text, settings, seed) -> dict:
     """No layer keeps keys then: positions must come from elsewhere."""
     attach_mamba_sidecar(model, range(len(decoder_layers(model))), alpha=1.0, settings=settings, seed=seed)
     try:
         whole, half = _logits(model, text), text.shape[1] // 2
-        cache = DynamicCache(config=model.config)
-        with torch.no_grad():
-            pieces = [
-                model(input_ids=piece, past_key_values=cache, use_cache=True).logits
-                for piece in (text[:, :half], *text[:, half:].split(1, dim=1))
-            ]
-        value = _difference([torch.cat(pieces, 1)], [whole])
+        got, counted = _cached_logits(model, text, [half, *[1] * (text.shape[1] - half)])
+        value = _difference([got], [whole])
         # Many untrained sidecars in a row blow rounding up: allow ten times what rounding of the embeddings does alone.
         limit = max(TOLERANCE[model.dtype], 10.0 * _difference([_rounding_noise_logits(model, text)], [whole]))
-        counted = f"untrained; {cache.get_seq_length()} of {text.shape[1]} tokens counted"
-        check = "all layers at alpha 1: cached equals uncached"
-        return Check(check, "fixed_1", value <= limit, value, limit, "of the largest logit", counted)
     finally:
         detach_mamba_sidecars(model)
+    note = f"untrained; {counted} of {text.shape[1]} tokens counted"
+    check = "all layers at alpha 1: cached equals uncached"
+    return _row(check, "fixed_1", value <= limit, value, limit, "of the largest logit", note)
 
 
 def _rounding_noise_logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -219,14 +189,14 @@ def _rounding_noise_logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         return model(inputs_embeds=noisy, use_cache=False).logits
 
 
-def _kernels(model: nn.Module, settings: SidecarSettings) -> Check:
+def _kernels(model: nn.Module, settings: SidecarSettings) -> dict:
     """Which kernels run, and, where there are two paths, how far apart they are."""
     device = model_device(model)
     kernels, name = mamba_kernels(device), "Mamba kernels equal PyTorch"
     if kernels == "PyTorch":
-        return Check(name, "", None, None, None, "", "PyTorch runs here, there are no kernels to compare with")
+        return _row(name, "", note="PyTorch runs here, there are no kernels to compare with")
     value = kernel_difference(device, settings)
-    return Check(name, "", value <= 1e-3, value, 1e-3, "of the largest output", f"{kernels} runs here")
+    return _row(name, "", value <= 1e-3, value, 1e-3, "of the largest output", f"{kernels} runs here")
 
 
 @torch.no_grad()
@@ -246,8 +216,7 @@ def kernel_difference(device: torch.device | str, settings: SidecarSettings, hid
 
     with_kernels = outputs()
     with pytorch_scan():
-        plain = outputs()
-    return _difference([with_kernels], [plain])
+        return _difference([with_kernels], [outputs()])
 
 
 def _texts(model: nn.Module, documents: Sequence[TokenDocument]) -> list[torch.Tensor]:
@@ -260,16 +229,6 @@ def _texts(model: nn.Module, documents: Sequence[TokenDocument]) -> list[torch.T
     if len(texts) < len(LENGTHS):
         raise ValueError(f"the checks need {len(LENGTHS)} documents of {LENGTHS} tokens; {len(documents)} did not do")
     return texts
-
-
-def _left_padded(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(text.shape[1] for text in texts)
-    ids = torch.zeros(len(texts), width, dtype=torch.int64, device=texts[0].device)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, width - text.shape[1] :] = text[0]
-        mask[row, width - text.shape[1] :] = 1
-    return ids, mask
 
 
 def _logits(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -287,39 +246,30 @@ def _recorded(model: nn.Module, texts: Sequence[torch.Tensor]) -> tuple[list[tor
     return logits, record.shares
 
 
-def _flips(got: dict, want: dict, gate: Gate) -> int:
-    """Tokens whose hard gate chose the other path."""
-    if not is_hard(gate):
-        return 0
-    return sum(
-        int((np.abs(values - want[document][layer]) > 0.5).sum())
-        for document, layers in got.items()
-        for layer, values in layers.items()
-    )
-
-
 def _difference(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float:
     """Largest absolute difference over the largest absolute value."""
     scale = max(float(b.abs().max()) for b in want)
     return max(float((a.float() - b.float()).abs().max()) for a, b in zip(got, want, strict=True)) / scale
 
 
-def _close(model: nn.Module, check: str, gate: str, got, want) -> Check:
-    value, limit = _difference(got, want), TOLERANCE[model.dtype]
-    return Check(check, gate, value <= limit, value, limit, "of the largest logit")
+def _close(model, check, name, gate, got, want, got_shares, want_shares) -> dict:
+    """Logits against logits; for a hard gate also how many tokens took the other path, in float32 none."""
+    value, limit, note = _difference(got, want), TOLERANCE[model.dtype], ""
+    passed = value <= limit
+    if is_hard(gate):
+        flipped = sum(
+            int((np.abs(values - want_shares[document][layer]) > 0.5).sum())
+            for document, layers in got_shares.items()
+            for layer, values in layers.items()
+        )
+        passed = passed and flipped == 0 if model.dtype == torch.float32 else None
+        note = f"{flipped} gates flipped"
+    return _row(check, name, passed, value, limit, "of the largest logit", note)
 
 
-def _with_flips(model: nn.Module, check: Check, gate: Gate, flipped: int) -> Check:
-    """Hard gates also say how many tokens changed path; in float32 none may."""
-    if not is_hard(gate):
-        return check
-    passed = check.passed and flipped == 0 if model.dtype == torch.float32 else None
-    return replace(check, passed=passed, note=f"{flipped} gates flipped")
-
-
-def _identity(check: str, got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> Check:
+def _identity(check: str, got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> dict:
     different = sum(int((a != b).sum()) for a, b in zip(got, want, strict=True))
-    return Check(check, "fixed_0", different == 0, different, 0, "logits that differ")
+    return _row(check, "fixed_0", different == 0, different, 0, "logits that differ")
 
 
 def format_table(rows: Sequence[dict]) -> str:

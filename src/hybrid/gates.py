@@ -2,14 +2,8 @@
 
     y = (1 - m) * attention(x) + m * mamba(x)        m = 0 attention only, m = 1 Mamba only
 
-A gate is a small frozen dataclass; `mamba_share` applies it to one layer of one forward pass. Routing, activation and
-learned gates have a score per token (sparsity, or a linear map of the layer's input): the higher, the more Mamba. A
-soft gate passes the score through a sigmoid, a hard gate through a threshold. Calibrated gates hold each layer's scores
-on calibration text (`ScoreDistribution`), from which threshold or centre follow for any share asked.
-
-Every gate but `MaskGate` is deployable: it looks at no later token. Sparsity takes only E + 1 values, so a threshold
-alone misses its share; tokens exactly at it are split by a hash of (seed, layer, document key, position), which
-prefill, decoding and padded batches compute alike, on every device.
+Every gate but `MaskGate` is deployable: it looks at no later token. Scored gates have a score per token, the higher the
+more Mamba; a soft gate passes it through a sigmoid, a hard gate through a threshold.
 """
 
 import hashlib
@@ -25,6 +19,8 @@ GATE_MODES = ("fixed", "routing", "learned", "random", "mask")
 SIGNALS = ("previous", "lookahead")
 # Scores closer than this are the same value: k / E computed here and a threshold typed by a user differ by rounding.
 SCORE_TOLERANCE = 1e-6
+# Most layers' cuts and centres that are kept: each is asked for in every forward pass, but depends only on the gate.
+CUTS_KEPT = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +34,9 @@ class ScoreDistribution:
     def of(scores: np.ndarray) -> "ScoreDistribution":
         """Distribution of `scores` (any shape). Raises ValueError for no scores or scores that are not finite."""
         scores = np.asarray(scores, dtype=np.float64).ravel()
-        if scores.size == 0 or not np.isfinite(scores).all():
-            raise ValueError(
-                f"cannot calibrate a gate on {scores.size} scores, all finite: {np.isfinite(scores).all()}"
-            )
+        finite = np.isfinite(scores).all()
+        if scores.size == 0 or not finite:
+            raise ValueError(f"cannot calibrate a gate on {scores.size} scores, all finite: {finite}")
         values, counts = np.unique(scores, return_counts=True)
         return ScoreDistribution(values, counts)
 
@@ -59,8 +54,7 @@ class FixedGate:
     uses_document = False
 
     def __post_init__(self):
-        for value in (self.alpha, *(self.per_layer or {}).values()):
-            check_alpha(value)
+        check_alpha(self.alpha, *(self.per_layer or {}).values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +62,12 @@ class RoutingGate:
     """The sparser a token's router, the more Mamba.
 
     alpha: mean share asked for; 0 and 1 are exactly attention only and Mamba only.
+    signal: whose router: `previous` (layer l - 1) or `lookahead` (layer l's own, applied to the layer's normed input).
+    temperature: width of the soft gate's sigmoid in units of sparsity.
+    invert: control; the *denser* a token, the more Mamba.
     distributions: per layer, from `calibrate_gates`; they make the mean share what was asked (`layer_cut`,
         `soft_centre`). Without them a soft gate is sigmoid((sparsity - threshold) / temperature + logit(alpha)), and a
         hard gate sends tokens with sparsity >= threshold to Mamba, whatever alpha says.
-    signal: whose router: `previous` (layer l - 1) or `lookahead` (layer l's own, applied to the layer's normed input).
-    hard: m is 0 or 1. temperature: width of the soft gate's sigmoid in units of sparsity.
-    invert: control; the *denser* a token, the more Mamba.
     """
 
     alpha: float = 0.5
@@ -88,12 +82,11 @@ class RoutingGate:
     uses_document = False
 
     def __post_init__(self):
-        check_alpha(self.alpha)
-        _check_temperature(self.temperature)
+        _check_scored(self)
         if self.signal == "self":
             raise ValueError(
-                "signal 'self' (layer l's true router activations) exists only after layer l's attention has run: "
-                "use it in an offline mask (MaskGate), or choose previous or lookahead"
+                "signal 'self', layer l's true router activations, exists only after its attention has run: use it in "
+                "an offline mask (MaskGate), or choose previous or lookahead"
             )
         if self.signal not in SIGNALS:
             raise ValueError(f"unknown gate signal {self.signal!r}; choose one of {', '.join(SIGNALS)}")
@@ -106,13 +99,11 @@ class ActivationGate:
     """The sparser a token's feed-forward layer, the more Mamba: for dense gated MLPs, which have no router.
 
     The score is layer l - 1's FFN activation sparsity: the fraction of its neurons with |h| < cutoff, where
-    h = act_fn(gate_proj(x)) * up_proj(x) (`activation_sparsity`). There is no lookahead.
+    h = act_fn(gate_proj(x)) * up_proj(x) (`activation_sparsity`). Other fields as in `RoutingGate`.
 
     quantile: mean sparsity that the cutoffs give on calibration text. At the median, 0.5, a score has equal room both
         ways, and how far the tails reach (tiny or huge activations) does not matter.
-    cutoffs: layer whose neurons are counted -> cutoff, > 0. From `calibrate_gates`, or an earlier gate's; a gate
-        without them cannot be set.
-    Other fields as in `RoutingGate`; without distributions its threshold is the quantile.
+    cutoffs: layer whose neurons are counted -> cutoff, > 0, from `calibrate_gates`; a gate without them cannot be set.
     """
 
     alpha: float = 0.5
@@ -124,11 +115,11 @@ class ActivationGate:
     distributions: Distributions | None = None
     mode = "ffn_sparsity"
     signal = "ffn_previous"
+    invert = False
     uses_document = False
 
     def __post_init__(self):
-        check_alpha(self.alpha)
-        _check_temperature(self.temperature)
+        _check_scored(self)
         if not 0.0 < self.quantile < 1.0:
             raise ValueError(f"quantile of the activations is {self.quantile}; it must lie inside (0, 1)")
 
@@ -152,11 +143,12 @@ class LearnedGate:
     seed: int = 0
     distributions: Distributions | None = None
     mode = "learned"
+    threshold = 0.0
+    invert = False
     uses_document = False
 
     def __post_init__(self):
-        check_alpha(self.alpha)
-        _check_temperature(self.temperature)
+        _check_scored(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,11 +160,11 @@ class RandomGate:
     per_layer: Mapping[int, float] | None = None
     seed: int = 0
     mode = "random"
+    hard = True
     uses_document = False
 
     def __post_init__(self):
-        for value in (self.alpha, *(self.per_layer or {}).values()):
-            check_alpha(value)
+        check_alpha(self.alpha, *(self.per_layer or {}).values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,16 +210,15 @@ def make_gate(
 ) -> Gate:
     """The gate of a mode's name; settings that the mode does not have are ignored, `temperature` None is its default.
 
-    Raises ValueError for an unknown mode, alpha outside [0, 1] and so on, naming value and choices. Mode `mask` needs
-    masks: build `MaskGate` yourself.
+    Raises ValueError for an unknown mode and for `mask`, which needs its masks: build `MaskGate` yourself.
     """
+    width = {} if temperature is None else {"temperature": temperature}
     if gate_mode == "fixed":
         return FixedGate(alpha)
     if gate_mode == "routing":
-        width = RoutingGate.temperature if temperature is None else temperature
-        return RoutingGate(alpha, signal, hard, width, threshold, seed=seed)
+        return RoutingGate(alpha, signal, hard, threshold=threshold, seed=seed, **width)
     if gate_mode == "learned":
-        return LearnedGate(alpha, hard, LearnedGate.temperature if temperature is None else temperature, seed)
+        return LearnedGate(alpha, hard, seed=seed, **width)
     if gate_mode == "random":
         return RandomGate(alpha, seed=seed)
     if gate_mode == "mask":
@@ -237,7 +228,6 @@ def make_gate(
 
 def with_alpha(gate: Gate, alpha: float) -> Gate:
     """The same gate at another (mean) share, for all layers. Raises ValueError for a MaskGate, which has none."""
-    check_alpha(alpha)
     if isinstance(gate, MaskGate):
         raise ValueError("an offline mask has no alpha: its shares are the masks themselves")
     if isinstance(gate, (FixedGate, RandomGate)):
@@ -257,7 +247,7 @@ def is_hard(gate: Gate) -> bool:
     """Whether m is 0 or 1 for every token (a fixed alpha of 0 or 1 counts as soft; masks as what they hold)."""
     if isinstance(gate, MaskGate):
         return all(bool(np.isin(values, (0, 1)).all()) for layers in gate.masks.values() for values in layers.values())
-    return isinstance(gate, RandomGate) or getattr(gate, "hard", False)
+    return getattr(gate, "hard", False)
 
 
 def mamba_share(gate: Gate, layer: int, inputs: GateInputs) -> torch.Tensor | float:
@@ -273,27 +263,33 @@ def mamba_share(gate: Gate, layer: int, inputs: GateInputs) -> torch.Tensor | fl
     if isinstance(gate, FixedGate) or alpha in (0.0, 1.0):
         return alpha
     if isinstance(gate, RandomGate):
-        return (_uniform(gate.seed, layer, inputs) < alpha).float()
-    scores = -inputs.scores if getattr(gate, "invert", False) else inputs.scores
+        return (hash_uniform(gate.seed, layer, inputs.document_keys, inputs.positions) < alpha).float()
+    sign = -1.0 if gate.invert else 1.0
+    scores, threshold = sign * inputs.scores, sign * gate.threshold
+    distribution = _layer_distribution(gate, layer)
     if gate.hard:
-        threshold, tie_probability = _hard_cut(gate, layer, alpha)
+        threshold, tie_probability = (threshold, 1.0) if distribution is None else layer_cut(distribution, alpha)
         above = scores > threshold + SCORE_TOLERANCE
         if tie_probability == 0.0:
             return above.float()
         tied = (scores - threshold).abs() <= SCORE_TOLERANCE
         if tie_probability < 1.0:
-            tied = tied & (_uniform(gate.seed, layer, inputs) < tie_probability)
+            tied = tied & (hash_uniform(gate.seed, layer, inputs.document_keys, inputs.positions) < tie_probability)
         return (above | tied).float()
-    return torch.sigmoid((scores - _soft_centre(gate, layer, alpha)) / gate.temperature)
+    if distribution is None:
+        centre = threshold - gate.temperature * math.log(alpha / (1.0 - alpha))
+    else:
+        centre = soft_centre(distribution, alpha, gate.temperature)
+    return torch.sigmoid((scores - centre) / gate.temperature)
 
 
+@lru_cache(CUTS_KEPT)
 def layer_cut(distribution: ScoreDistribution, share: float) -> tuple[float, float]:
     """(threshold, tie probability) of a hard gate whose expected share on the distribution is exactly `share`.
 
-    Tokens above the threshold go to Mamba, tokens at it with the tie probability:
-    P(score > threshold) + tie * P(score = threshold) = share.
+    Sparsity takes only E + 1 values, so a threshold alone misses its share. Tokens above it go to Mamba, tokens at it
+    with the tie probability: P(score > threshold) + tie * P(score = threshold) = share.
     """
-    check_alpha(share)
     mass = distribution.counts / distribution.counts.sum()
     at_least = np.cumsum(mass[::-1])[::-1]  # P(score >= value), falling
     index = int(np.searchsorted(-at_least, -share, side="right")) - 1  # the highest value with P(>= value) >= share
@@ -303,14 +299,9 @@ def layer_cut(distribution: ScoreDistribution, share: float) -> tuple[float, flo
     return float(distribution.values[index]), float(tie)
 
 
+@lru_cache(CUTS_KEPT)
 def soft_centre(distribution: ScoreDistribution, share: float, temperature: float) -> float:
-    """Centre c of a soft gate with mean sigmoid((score - c) / temperature) = `share` on the distribution (bisection).
-
-    Raises ValueError for a share outside (0, 1) or a temperature that is not positive.
-    """
-    if not 0.0 < share < 1.0:
-        raise ValueError(f"a soft gate cannot be centred on a mean share of {share}; it must lie inside (0, 1)")
-    _check_temperature(temperature)
+    """Centre c of a soft gate with mean sigmoid((score - c) / temperature) = `share`, inside (0, 1), by bisection."""
     mass = distribution.counts / distribution.counts.sum()
 
     def mean_share(centre):
@@ -330,15 +321,13 @@ def soft_centre(distribution: ScoreDistribution, share: float, temperature: floa
 
 def sparsity(router_activations: torch.Tensor) -> torch.Tensor:
     """Fraction of exact zeros over the experts: [.., E] post-ReLU activations -> [..] float32."""
-    zeros = (router_activations == 0).sum(dim=-1)
-    return zeros.float() / router_activations.shape[-1]
+    return (router_activations == 0).sum(dim=-1).float() / router_activations.shape[-1]
 
 
 def activation_sparsity(activations: torch.Tensor, cutoff: float) -> torch.Tensor:
     """Fraction of neurons with |h| < cutoff: activations h [.., I] of I neurons -> [..] float32."""
     # float32 first: a tiny cutoff (exact zeros only) would be 0 in float16
-    below = (activations.float().abs() < cutoff).sum(dim=-1)
-    return below.float() / activations.shape[-1]
+    return (activations.float().abs() < cutoff).sum(dim=-1).float() / activations.shape[-1]
 
 
 def document_key(document_id: str) -> int:
@@ -347,8 +336,9 @@ def document_key(document_id: str) -> int:
 
 
 def hash_uniform(seed: int, layer: int, document_keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Uniform [0, 1) float32 [B, T] from document keys [B] and positions [B, T], alike on every device.
+    """Uniform [0, 1) float32 [B, T] from document keys [B] and positions [B, T].
 
+    Prefill, decoding and padded batches compute it alike, on every device, so that they split tied scores alike.
     splitmix64 (Steele, Lea and Flood 2014) chained over (seed, layer), key and position, in wrapping int64; the top 24
     bits make the float, so that float32 holds it exactly.
     """
@@ -378,61 +368,36 @@ def matched_random_masks(shares: Mapping[str, Mapping[int, np.ndarray]], seed: i
     return masks
 
 
-def check_alpha(alpha: float) -> None:
-    """Raise ValueError unless alpha is a number in [0, 1]."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float, np.floating)) or not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha is {alpha!r}; it must be a number in [0, 1] (0 = attention only, 1 = Mamba only)")
+def check_alpha(*alphas: float) -> None:
+    """Raise ValueError unless every alpha is a number in [0, 1]."""
+    for alpha in alphas:
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float, np.floating)) or not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"alpha is {alpha!r}; it must be a number in [0, 1] (0 = attention only, 1 = Mamba only)")
 
 
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0.0:
-        raise ValueError(f"gate temperature is {temperature}; it must be positive")
+def _check_scored(gate: ScoredGate) -> None:
+    check_alpha(gate.alpha)
+    if not gate.temperature > 0.0:
+        raise ValueError(f"gate temperature is {gate.temperature}; it must be positive")
 
 
-def _hard_cut(gate: ScoredGate, layer: int, alpha: float) -> tuple[float, float]:
-    if gate.distributions is not None:
-        return _cached_cut(_layer_distribution(gate, layer), alpha, getattr(gate, "invert", False))
-    threshold = getattr(gate, "threshold", 0.0)
-    return (-threshold if getattr(gate, "invert", False) else threshold), 1.0
-
-
-def _soft_centre(gate: ScoredGate, layer: int, alpha: float) -> float:
-    inverted = getattr(gate, "invert", False)
-    if gate.distributions is not None:
-        return _cached_centre(_layer_distribution(gate, layer), alpha, gate.temperature, inverted)
-    threshold = getattr(gate, "threshold", 0.0)
-    return (-threshold if inverted else threshold) - gate.temperature * math.log(alpha / (1.0 - alpha))
-
-
-def _layer_distribution(gate: ScoredGate, layer: int) -> ScoreDistribution:
+def _layer_distribution(gate: ScoredGate, layer: int) -> ScoreDistribution | None:
+    """The layer's scores on calibration text as the gate reads them; None for an uncalibrated gate."""
+    if gate.distributions is None:
+        return None
     if layer not in gate.distributions:
         raise ValueError(f"the gate is calibrated for layers {sorted(gate.distributions)}, not for layer {layer}")
-    return gate.distributions[layer]
+    return _negated(gate.distributions[layer]) if gate.invert else gate.distributions[layer]
 
 
-# A layer's cut is asked for in every forward pass, but depends only on the gate (distributions hash by identity).
-@lru_cache(maxsize=4096)
-def _cached_cut(distribution: ScoreDistribution, share: float, inverted: bool) -> tuple[float, float]:
-    return layer_cut(_negated(distribution) if inverted else distribution, share)
-
-
-@lru_cache(maxsize=4096)
-def _cached_centre(distribution: ScoreDistribution, share: float, temperature: float, inverted: bool) -> float:
-    return soft_centre(_negated(distribution) if inverted else distribution, share, temperature)
-
-
+@lru_cache(CUTS_KEPT)  # one object for each distribution: cuts and centres are kept by identity
 def _negated(distribution: ScoreDistribution) -> ScoreDistribution:
     return ScoreDistribution(-distribution.values[::-1], distribution.counts[::-1])
 
 
-def _uniform(seed: int, layer: int, inputs: GateInputs) -> torch.Tensor:
-    return hash_uniform(seed, layer, inputs.document_keys, inputs.positions)
-
-
 def _signed(value: int) -> int:
     """`value` modulo 2^64 as a signed int64."""
-    value &= 0xFFFFFFFFFFFFFFFF
-    return value - (1 << 64) if value >= 1 << 63 else value
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _logical_shift(x: torch.Tensor, bits: int) -> torch.Tensor:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn
-from transformers import Mamba2Config
 from transformers.cache_utils import Cache
 
 from src.eval_utils import WindowRef
@@ -52,11 +51,6 @@ class SidecarAttachment:
         self._signal_hooks: list = []
         self._model_hook = model.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
-    @property
-    def mamba_config(self) -> Mamba2Config:
-        """Configuration of the sidecars (alike in all layers but for the layer's index)."""
-        return self.hybrid_layers()[0].sidecar.config
-
     def hybrid_layers(self) -> list["GatedHybridLayer"]:
         """The attached layers, in order of their indices."""
         layers = decoder_layers(self.model)
@@ -66,8 +60,7 @@ class SidecarAttachment:
         """Say which document, and which part of it, each row of the coming batch holds (`score_documents` calls this).
 
         In force until told otherwise, for every uncached or first forward whose rows have just these lengths, and for
-        what continues its cache; other forwards (a prompt, say) take every row as a document of its own, key 0, from
-        position 0.
+        what continues its cache. Rows of other forwards (a prompt, say) are documents of key 0, from position 0.
         """
         self._told = list(windows)
 
@@ -82,19 +75,10 @@ class SidecarAttachment:
                     f"the activation gate has no cutoff for layer {', '.join(map(str, absent))}: "
                     "take the gate that calibrate_gates returns for these layers"
                 )
-            hooks = [
-                (module, self._activation_hook(source, gate.cutoffs[source])) for source, module in sources.items()
-            ]
+            hooks = [(module, self._sparsity_hook(source, gate.cutoffs[source])) for source, module in sources.items()]
         if isinstance(gate, RoutingGate):
-            if gate.signal == "previous" and self.layers[0] == 0:
-                raise ValueError(
-                    "layer 0 has no previous layer's router: with signal 'previous' choose layers from 1 on, or use "
-                    "signal 'lookahead'"
-                )
-            layers = decoder_layers(self.model)
-            for index in self.layers:
-                source = index - 1 if gate.signal == "previous" else index
-                mlp = getattr(layers[source], "mlp", None)
+            for source in self._source_layers(gate.signal):
+                mlp = getattr(decoder_layers(self.model)[source], "mlp", None)
                 if not hasattr(mlp, "router_proj") or not hasattr(mlp, "router_act_fn"):
                     raise ValueError(
                         f"a routing gate needs a BlockFFN router, which layer {source} of this "
@@ -102,7 +86,7 @@ class SidecarAttachment:
                         "ActivationGate"
                     )
                 if gate.signal == "previous":
-                    hooks.append((mlp.router_act_fn, self._router_hook(source)))
+                    hooks.append((mlp.router_act_fn, self._sparsity_hook(source)))
         for hook in self._signal_hooks:
             hook.remove()
         self._signal_hooks = [module.register_forward_hook(hook) for module, hook in hooks]
@@ -113,10 +97,8 @@ class SidecarAttachment:
 
         Raises ValueError where layer 0 is attached, and for an MLP that is not dense and gated.
         """
-        if self.layers[0] == 0:
-            raise ValueError("layer 0 has no layer before it: with signal 'ffn_previous' choose layers from 1 on")
         sources = {}
-        for source in (index - 1 for index in self.layers):
+        for source in self._source_layers("ffn_previous"):
             mlp = getattr(decoder_layers(self.model)[source], "mlp", None)
             if not is_gated_mlp(mlp):
                 raise ValueError(
@@ -138,11 +120,24 @@ class SidecarAttachment:
             self.record.add(layer, share, scores, state)
         return share
 
-    def remove_hooks(self) -> None:
-        """Take every hook off the model."""
+    def detach(self) -> None:
+        """Give every layer its own attention back and take every hook off the model."""
+        for layer in decoder_layers(self.model):
+            if isinstance(layer.self_attn, GatedHybridLayer):
+                layer.self_attn = layer.self_attn.attention
         for hook in (self._model_hook, *self._signal_hooks):
             hook.remove()
-        self._signal_hooks = []
+
+    def _source_layers(self, signal: str) -> list[int]:
+        """The layers whose feed-forward parts a gate of this signal reads."""
+        if signal == "lookahead":
+            return self.layers
+        if self.layers[0] == 0:
+            raise ValueError(
+                f"layer 0 has no layer before it: with signal {signal!r} choose layers from 1 on "
+                "(a routing gate can also have signal 'lookahead')"
+            )
+        return [layer - 1 for layer in self.layers]
 
     def _scores(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor | None:
         if isinstance(self.gate, (RoutingGate, ActivationGate)):
@@ -164,32 +159,27 @@ class SidecarAttachment:
             return self.batch_masks[layer]
         if self.state.documents is None:
             return None
-        positions, rows = self.state.positions.cpu(), []
-        real = self.state.padding_mask
+        positions, rows, real = self.state.positions.cpu(), [], self.state.padding_mask
         for row, document in enumerate(self.state.documents):
-            if document not in self.gate.masks or layer not in self.gate.masks[document]:
+            if layer not in self.gate.masks.get(document, {}):
                 raise ValueError(f"the offline masks have nothing for layer {layer} of document {document!r}")
             mask = torch.as_tensor(np.asarray(self.gate.masks[document][layer], dtype=np.float32))
             where = positions[row]
-            last = int((where if real is None else where[real[row].cpu()]).max())
-            if last >= len(mask):
+            end = int((where if real is None else where[real[row].cpu()]).max()) + 1
+            if end > len(mask):
                 raise ValueError(
-                    f"the offline mask of document {document!r} ends at {len(mask)}, the text goes on to {last + 1}"
+                    f"the offline mask of document {document!r} ends at {len(mask)}, the text goes on to {end}"
                 )
             rows.append(mask[where.clamp(0, len(mask) - 1)])
         return torch.stack(rows).to(self.state.positions.device)
 
-    def _router_hook(self, layer: int):
-        def keep(_module, _inputs, output):
-            if self.state is not None and not self.bypassed:
-                self.state.sparsity[layer] = sparsity(output.detach())
+    def _sparsity_hook(self, layer: int, cutoff: float | None = None):
+        """Keeps the sparsity of what a router puts out or, below a cutoff, of the activations that a down_proj gets."""
 
-        return keep
-
-    def _activation_hook(self, layer: int, cutoff: float):
-        def keep(_module, inputs, _output):
+        def keep(_module, inputs, output):
             if self.state is not None and not self.bypassed:
-                self.state.sparsity[layer] = activation_sparsity(inputs[0].detach(), cutoff)
+                found = sparsity(output) if cutoff is None else activation_sparsity(inputs[0], cutoff)
+                self.state.sparsity[layer] = found
 
         return keep
 
@@ -228,9 +218,6 @@ class SidecarAttachment:
         return None, torch.zeros(batch, dtype=torch.int64, device=device), [0] * batch
 
 
-# ---------------------------------------------------------------- the layer
-
-
 class GatedHybridLayer(nn.Module):
     """y = (1 - m) * attention(x) + m * mamba(x) in place of a decoder layer's `self_attn`; m [B, T] from the gate.
 
@@ -243,8 +230,8 @@ class GatedHybridLayer(nn.Module):
         self.attention = attention
         self.sidecar = sidecar
         self.gate_proj = nn.Linear(sidecar.config.hidden_size, 1)
-        nn.init.zeros_(self.gate_proj.weight)
-        nn.init.zeros_(self.gate_proj.bias)
+        for parameter in self.gate_proj.parameters():
+            nn.init.zeros_(parameter)
         self.attachment = attachment
         self.layer_idx = layer
 
@@ -261,7 +248,7 @@ class GatedHybridLayer(nn.Module):
             return self.attention(hidden_states=hidden_states, **kwargs)
         share = self.attachment.share(self.layer_idx, hidden_states)
         constant = not torch.is_tensor(share)
-        use_attention, use_mamba = not (constant and share == 1.0), not (constant and share == 0.0)
+        use_attention, use_mamba = not constant or share != 1.0, not constant or share != 0.0
         if past_key_values is not None:
             entry = hybrid_cache_layer(past_key_values, self.layer_idx)
             self._check_cache(entry, use_attention, use_mamba)
@@ -279,12 +266,15 @@ class GatedHybridLayer(nn.Module):
         return output, weights
 
     def _check_cache(self, entry: HybridCacheLayer, use_attention: bool, use_mamba: bool) -> None:
-        past = self.attachment.state.past
-        held = {"attention": entry.attention_tokens(), "the sidecar": entry.mamba_tokens}
-        for path, used in (("attention", use_attention), ("the sidecar", use_mamba)):
-            if used and held[path] != past:
+        past, held = self.attachment.state.past, {}
+        if use_attention:
+            held["attention"] = entry.attention_tokens()
+        if use_mamba:
+            held["the sidecar"] = entry.mamba_tokens
+        for path, seen in held.items():
+            if seen != past:
                 raise ValueError(
-                    f"the cache holds {past} tokens, of which {path} of layer {self.layer_idx} has seen {held[path]} "
+                    f"the cache holds {past} tokens, of which {path} of layer {self.layer_idx} has seen {seen} "
                     "(was alpha 0 or 1 meanwhile?); start a new cache when the gate changes"
                 )
 
@@ -324,7 +314,7 @@ def set_all_alphas(model: nn.Module, alpha: float) -> None:
 def record_gates(model: nn.Module) -> Iterator[GateRecord]:
     """Record what the gates do in the forward passes inside; for more than sums, tell documents by `on_batch`."""
     attachment = attachment_of(model)
-    before, attachment.record = attachment.record, GateRecord(attachment.gate)
+    before, attachment.record = attachment.record, GateRecord()
     try:
         yield attachment.record
     finally:
@@ -348,17 +338,3 @@ def base_logits(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch
     `eval_utils.score_documents`. input_ids, attention_mask [B, T]."""
     with bypass_sidecars(model):
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-
-
-def checked_layers(layer_indices: Sequence[int], num_layers: int) -> list[int]:
-    indices = sorted(int(index) for index in layer_indices)
-    if not indices:
-        raise ValueError("no layers were named for the sidecars")
-    absent = [index for index in indices if not 0 <= index < num_layers]
-    if absent:
-        raise ValueError(
-            f"layer {', '.join(map(str, absent))} is not there: the model has layers 0 to {num_layers - 1}"
-        )
-    if len(set(indices)) != len(indices):
-        raise ValueError(f"layers {indices} name a layer twice")
-    return indices

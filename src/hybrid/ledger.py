@@ -17,7 +17,6 @@ from src.models.families import decoder_layers, has_router
 from src.routing_extractor import RoutingExtractor
 
 
-# -- costs
 def active_experts(
     model: nn.Module, documents: Sequence[TokenDocument], max_seq_len: int, batch_size: int
 ) -> list[float]:
@@ -28,27 +27,23 @@ def active_experts(
     layers = len(decoder_layers(model))
     if not has_router(model):
         return [1.0] * layers
-    lengths: list[int] = []
+    batches: list[list[WindowRef]] = []
     active, seen = np.zeros(layers), np.zeros(layers)
 
-    def on_batch(rows: list[WindowRef]) -> None:
-        lengths[:] = [row.length for row in rows]
-
     def on_layer(layer: int, activations: torch.Tensor) -> None:  # [B, T, E]
-        for row, length in enumerate(lengths):
-            active[layer] += float((activations[row, :length] != 0).sum()) / activations.shape[-1]
-            seen[layer] += length
+        for row, window in enumerate(batches[-1]):
+            active[layer] += float((activations[row, : window.length] != 0).sum()) / activations.shape[-1]
+            seen[layer] += window.length
 
     with RoutingExtractor(model, on_layer=on_layer):
-        eval_utils.score_documents(model, documents, max_seq_len, max_seq_len, batch_size, on_batch=on_batch)
+        eval_utils.score_documents(model, documents, max_seq_len, max_seq_len, batch_size, on_batch=batches.append)
     return (active / seen).tolist()
 
 
 def sidecar_shape(model: nn.Module, settings: SidecarSettings, layer: int) -> Mamba2Config:
     """The shape of a sidecar of these settings beside a layer's attention; the model has none attached."""
     if settings.init == "attention":
-        attention = decoder_layers(model)[layer].self_attn
-        settings = attention_settings(attention, model.config.hidden_size, layer, settings)
+        settings = attention_settings(model, layer, settings)
     return sidecar_config(model.config.hidden_size, 0, settings)
 
 
@@ -62,13 +57,8 @@ def flops_columns(
 ) -> dict[str, float]:
     """flops_ideal and flops_executed per token, averaged over documents of `lengths` tokens, weighted by length.
 
-    Args:
-        model: whose configuration gives the shapes.
-        lengths: tokens of each document.
-        active: the fraction of experts that a token activates, per layer.
-        sidecar: the shape of the sidecars, where there are any.
-        shares: the mean mamba share of each hybrid layer; None for the base model.
-        hard: as in `costs.flops_ideal`.
+    active: the fraction of experts that a token activates, per layer. sidecar: the shape of the sidecars, if any.
+    shares: the mean mamba share of each hybrid layer; None for the base model. hard: as in `costs.flops_ideal`.
     """
     shape = costs.model_shape(model.config)
     shares = shares or {}
@@ -92,10 +82,6 @@ def measure(
 
 def speed_sample(documents: Sequence[TokenDocument], tokens: int = 6_000) -> list[TokenDocument]:
     """The longest documents that together hold about `tokens` tokens (at least one document)."""
-    chosen, total = [], 0
-    for document in sorted(documents, key=lambda d: (-len(d.ids), d.id)):
-        if chosen and total + len(document.ids) > tokens:
-            break
-        chosen.append(document)
-        total += len(document.ids)
-    return chosen
+    longest = sorted(documents, key=lambda document: (-len(document.ids), document.id))
+    totals = np.cumsum([len(document.ids) for document in longest])
+    return longest[: max(int((totals <= tokens).sum()), 1)]

@@ -1,7 +1,8 @@
 """What the distillation of sidecars minimises: errors against the frozen model's attention, and against its output."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,32 +18,21 @@ KL_PIECE = 1 << 26
 def attention_pairs(model: nn.Module, layers: Sequence[int], ids: torch.Tensor, bf16: bool) -> dict:
     """layer -> (input, output), each [B, T, D] float32, of the teacher's attention; the forward ends at the last."""
 
+    captured = {}
+
     class _Enough(Exception):
-        pass
+        """Ends the forward after the last layer that is asked for."""
 
-    captured, hooks = {}, []
-
-    def capture(layer, args, kwargs, output):
-        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        captured[layer] = (hidden_states.float(), output[0].float())
+    def capture(layer, _module, _args, kwargs, output):
+        captured[layer] = (kwargs["hidden_states"].float(), output[0].float())
         if layer == max(layers):
             raise _Enough
 
-    for layer in layers:
-        attention = decoder_layers(model)[layer].self_attn
-        hooks.append(
-            attention.register_forward_hook(
-                lambda _module, args, kwargs, output, layer=layer: capture(layer, args, kwargs, output),
-                with_kwargs=True,
-            )
-        )
-    try:
-        # `_Enough` only ends the forward after the last layer that is asked for
-        with suppress(_Enough), torch.no_grad(), _autocast(ids.device, bf16):
-            model.model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, suppress(_Enough), torch.no_grad(), _autocast(ids.device, bf16):
+        for layer in layers:
+            attention = decoder_layers(model)[layer].self_attn
+            hooks.enter_context(attention.register_forward_hook(partial(capture, layer), with_kwargs=True))
+        model.model(input_ids=ids, use_cache=False)
     return captured
 
 
@@ -60,9 +50,8 @@ def kl_from_teacher(model: nn.Module, ids: torch.Tensor, bf16: bool) -> torch.Te
         student = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
     total = 0.0
     piece = max(KL_PIECE // teacher.shape[-1], 1)
-    for first in range(0, len(teacher), piece):
-        target = F.log_softmax(teacher[first : first + piece].float(), dim=-1)
-        given = F.log_softmax(student[first : first + piece].float(), dim=-1)
+    for pair in zip(teacher.split(piece), student.split(piece), strict=True):
+        target, given = (F.log_softmax(logits.float(), dim=-1) for logits in pair)
         total = total + F.kl_div(given, target, reduction="sum", log_target=True)
     return total / len(teacher)
 

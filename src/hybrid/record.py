@@ -5,12 +5,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from src.hybrid.gates import (
-    Gate,
-)
-
-# ---------------------------------------------------------------- the forward pass's shared state
-
 
 @dataclass
 class ForwardState:
@@ -41,8 +35,7 @@ class GateRecord:
     scores: the same for the gates' scores (sparsity, or the learned gate's output), where they have one.
     """
 
-    def __init__(self, gate: Gate):
-        self.gate = gate
+    def __init__(self):
         self._shares: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
         self._scores: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
         self._anonymous: dict[int, list[float]] = {}
@@ -62,10 +55,7 @@ class GateRecord:
         sums = {layer: list(pair) for layer, pair in self._anonymous.items()}
         for layers in self.shares.values():
             for layer, values in layers.items():
-                known = values[~np.isnan(values)]
-                pair = sums.setdefault(layer, [0.0, 0])
-                pair[0] += float(known.sum(dtype=np.float64))
-                pair[1] += len(known)
+                _add(sums, layer, values[~np.isnan(values)])
         if not sums:
             raise ValueError("no gate ran while it was recorded")
         return {layer: total / count for layer, (total, count) in sorted(sums.items())}
@@ -87,9 +77,7 @@ class GateRecord:
         share = share.detach().float().cpu().numpy()
         real = np.ones(state.shape, bool) if state.padding_mask is None else state.padding_mask.cpu().numpy()
         if state.documents is None:
-            pair = self._anonymous.setdefault(layer, [0.0, 0])
-            pair[0] += float(share[real].sum(dtype=np.float64))
-            pair[1] += int(real.sum())
+            _add(self._anonymous, layer, share[real])
             return
         positions = state.positions.cpu().numpy()
         scores = None if scores is None else scores.detach().float().cpu().numpy()
@@ -99,6 +87,12 @@ class GateRecord:
                 if values is not None:
                     layers = kept.setdefault(document, {})
                     layers[layer] = _keep_earliest(layers.get(layer), start, where, values[row][real[row]])
+
+
+def _add(sums: dict[int, list[float]], layer: int, values: np.ndarray) -> None:
+    """Add values to a layer's [sum, count]."""
+    total, count = sums.get(layer, (0.0, 0))
+    sums[layer] = [total + float(values.sum(dtype=np.float64)), count + len(values)]
 
 
 def _values_only(kept: dict[str, dict[int, tuple]]) -> dict[str, dict[int, np.ndarray]]:

@@ -1,7 +1,7 @@
 """What distilled sidecars win back of the attention that they stand in for."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,6 @@ def measure_recovery(
     max_seq_len: int,
     stride: int,
     batch_size: int,
-    progress: bool = True,
 ) -> Recovery:
     """How much of these layers' attention the sidecars of a stage replace, on `documents`.
 
@@ -46,7 +45,6 @@ def measure_recovery(
     """
 
     def nll(label):
-        label = label if progress else None
         return score_documents(model, documents, max_seq_len, stride, batch_size, progress=label)
 
     base = nll("base model")
@@ -63,14 +61,10 @@ def measure_recovery(
 @contextmanager
 def zeroed_attention(model: nn.Module, layers: Sequence[int]) -> Iterator[nn.Module]:
     """Inside, the sequence mixers of `layers` put out zeros: the residual stream passes them by."""
-    hooks = [
-        decoder_layers(model)[layer].self_attn.register_forward_hook(
-            lambda _module, _inputs, output: (torch.zeros_like(output[0]), *output[1:])
-        )
-        for layer in layers
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hook = decoder_layers(model)[layer].self_attn.register_forward_hook(
+                lambda _module, _inputs, output: (torch.zeros_like(output[0]), *output[1:])
+            )
+            hooks.enter_context(hook)
         yield model
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -27,15 +27,9 @@ from src.models.loading import load_model, model_identity
 class Session:
     """A model and its text, opened for one run.
 
-    Attributes:
-        arguments: the command line, as `cli.parse` gives it.
-        folder: where this model's results go.
-        model, tokenizer: as `load_model` gives them.
-        texts, tokens: the documents of each split, and their tokens.
-        windows: max_seq_len, stride and batch_size of `eval_utils.score_documents`.
-        pieces: what earlier runs measured with this model.
-        identity, data: which model and which text these are.
-        started: seconds since the epoch.
+    arguments: the command line, as `cli.parse` gives it. folder: where this model's results go. texts, tokens: the
+    documents of each split, and their tokens. windows: max_seq_len, stride and batch_size of `score_documents`.
+    pieces: what earlier runs measured. identity, data: which model and which text these are. started: epoch seconds.
     """
 
     arguments: argparse.Namespace
@@ -73,11 +67,7 @@ class Session:
         return {"text": self.data[split]["sha256"], "document_tokens": self.arguments.document_tokens}
 
     def score(
-        self,
-        label: str,
-        depends: Mapping[str, Any],
-        split: str = "evaluation",
-        reference: Reference | None = None,
+        self, label: str, depends: Mapping[str, Any], split: str = "evaluation", reference: Reference | None = None
     ) -> pd.DataFrame:
         """Sums per document (`document_table`) of the model as it stands, gate and all; kept under what it depends on.
 
@@ -93,24 +83,20 @@ class Session:
             return document_table(scores).to_dict("list") | {"tokens_per_second": scores.tokens_per_second}
 
         content = self.pieces.content(label, self.text_key(split) | dict(depends), compute)
-        return pd.DataFrame({name: values for name, values in content.items() if name != "tokens_per_second"})
+        return pd.DataFrame(content).drop(columns="tokens_per_second")
 
     def speed(self, label: str, depends: Mapping[str, Any]) -> dict[str, float]:
         """tokens_per_second and memory_gb of scoring the longest documents with the model as it stands, and
         decode_tokens_per_second."""
 
         def compute() -> dict:
-            speed = ledger.measure(self.model, self.speed_sample(), **self.windows)
+            speed = ledger.measure(self.model, ledger.speed_sample(self.tokens["evaluation"]), **self.windows)
             return speed | {"decode_tokens_per_second": eval_utils.decode_speed(self.model, repeats=2)}
 
         return self.pieces.content(label, self.text_key("evaluation") | dict(depends), compute)
 
     def generate(
-        self,
-        label: str,
-        depends: Mapping[str, Any],
-        prompts: Sequence[str],
-        prepare: Callable[[], None] | None = None,
+        self, label: str, depends: Mapping[str, Any], prompts: Sequence[str], prepare: Callable[[], None] | None = None
     ) -> list[str]:
         """Greedy continuations of prompts by the model as it stands, after `prepare` where they are missing."""
         tokens, seed = self.arguments.new_tokens, self.arguments.seed
@@ -124,20 +110,18 @@ class Session:
         settings = {"prompts": list(prompts), "new_tokens": tokens, "generation_seed": seed}
         return self.pieces.content(label, settings | dict(depends), compute)["texts"]
 
-    def speed_sample(self) -> list[TokenDocument]:
-        """The evaluation documents that speeds are measured on."""
-        return ledger.speed_sample(self.tokens["evaluation"])
-
     def active_experts(self) -> list[float]:
         """The fraction of experts that a token activates, mean per layer, on the documents that speeds are measured on.
 
         Measuring it is also what warms the model up before its speed is measured.
         """
         windows = self.windows["max_seq_len"], self.windows["batch_size"]
-        return self.pieces.content(
-            "active experts", self.text_key("evaluation"),
-            lambda: {"active": ledger.active_experts(self.model, self.speed_sample(), *windows)},
-        )["active"]  # fmt: skip
+
+        def compute() -> dict:
+            sample = ledger.speed_sample(self.tokens["evaluation"])
+            return {"active": ledger.active_experts(self.model, sample, *windows)}
+
+        return self.pieces.content("active experts", self.text_key("evaluation"), compute)["active"]
 
     def layers(self) -> list[int]:
         """The layers that --layers names."""
@@ -145,9 +129,7 @@ class Session:
 
     def say_reused(self) -> None:
         """Say which pieces were taken from an earlier run, and which were computed again and why."""
-        report = self.pieces.report()
-        if report:
-            print(report)
+        print(self.pieces.report())
 
     def scored_tokens(self, split: str = "evaluation") -> int:
         """Tokens of a split that are scored: all but the first of each document."""
@@ -182,11 +164,9 @@ def open_session(
     }
     identity = model_identity(model, arguments.model, arguments.cache_dir)
     common = {
-        "model": identity["sha256"],
-        "dtype": identity["dtype"],
-        "device": eval_utils.model_device(model).type,
+        "model": identity["sha256"], "dtype": identity["dtype"], "device": eval_utils.model_device(model).type,
         "windows": windows,
-    }
+    }  # fmt: skip
     return Session(
         arguments, folder, model, tokenizer, texts,
         {split: text_data.tokenize(documents, tokenizer, arguments.document_tokens)
@@ -198,15 +178,8 @@ def open_session(
 
 def document_table(scores: eval_utils.Scores) -> pd.DataFrame:
     """Sums per document: document, domain, tokens, num_bytes, nll (nats), and kl (nats), top1 where measured."""
-    table = pd.DataFrame(
-        {
-            "document": scores.ids,
-            "domain": scores.domains,
-            "tokens": scores.tokens,
-            "num_bytes": scores.num_bytes,
-            "nll": results.as_written(scores.nll),
-        }
-    )
+    sizes = {"tokens": scores.tokens, "num_bytes": scores.num_bytes, "nll": results.as_written(scores.nll)}
+    table = pd.DataFrame({"document": scores.ids, "domain": scores.domains} | sizes)
     if scores.kl is not None:
         table["kl"], table["top1"] = results.as_written(scores.kl), scores.top1
     return table
@@ -226,9 +199,8 @@ def cached_reference(model: nn.Module, limit_gb: float) -> Reference:
         if key in kept:
             return kept[key].to(input_ids.device)
         logits = base_logits(model, input_ids, attention_mask)
-        size = logits.numel() * logits.element_size()
-        if size <= room:
-            room -= size
+        if logits.nbytes <= room:
+            room -= logits.nbytes
             kept[key] = logits.cpu()
         return logits
 
@@ -268,11 +240,8 @@ def with_shorter_windows(run: Callable[[int], None], arguments: argparse.Namespa
         if arguments.oom_window_tokens >= arguments.window_tokens:
             raise
     # Outside the except block, whose traceback would keep the first model alive.
-    print(
-        f"out of GPU memory at {arguments.window_tokens} tokens per window; trying again with "
-        f"{arguments.oom_window_tokens}",
-        flush=True,
-    )
+    tokens, shorter = arguments.window_tokens, arguments.oom_window_tokens
+    print(f"out of GPU memory at {tokens} tokens per window; trying again with {shorter}", flush=True)
     gc.collect()
     torch.cuda.empty_cache()
-    run(arguments.oom_window_tokens)
+    run(shorter)

@@ -7,7 +7,7 @@ weights are the same for both.
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
@@ -50,9 +50,9 @@ class SidecarSettings:
     def __post_init__(self):
         if self.init not in INITS:
             raise ValueError(f"unknown Mamba init {self.init!r}; choose one of {', '.join(INITS)}")
-        for name in ("d_state", "d_conv", "expand", "headdim", "n_groups", "chunk_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"sidecar {name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
+        for name, value in asdict(self).items():
+            if name != "init" and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"sidecar {name} is {value!r}; it must be a whole number of at least 1")
 
 
 def sidecar_config(hidden_size: int, layer: int, settings: SidecarSettings) -> Mamba2Config:
@@ -106,14 +106,13 @@ class MambaSidecar(nn.Module):
         return output.to(hidden_states.dtype)
 
 
-def attention_settings(
-    attention: nn.Module, hidden_size: int, layer: int, settings: SidecarSettings
-) -> SidecarSettings:
-    """The geometry that init `attention` imposes: one Mamba head per attention head.
+def attention_settings(model: nn.Module, layer: int, settings: SidecarSettings) -> SidecarSettings:
+    """The geometry that init `attention` imposes on a layer's sidecar: one Mamba head per attention head.
 
     Raises ValueError for MLA (it has no q_proj, k_proj, v_proj), quantised projections, or heads that do not add up to
     the hidden size.
     """
+    attention, hidden_size = decoder_layers(model)[layer].self_attn, model.config.hidden_size
     projections = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     if any(projection is None for projection in projections):
         raise ValueError(
@@ -156,13 +155,11 @@ def init_from_attention(sidecar: MambaSidecar, attention: nn.Module) -> None:
 def new_sidecar(model: nn.Module, layer: int, settings: SidecarSettings, seed: int = 0) -> MambaSidecar:
     """An untrained sidecar for one layer of a model without sidecars, on the layer's device and in its dtype."""
     block = decoder_layers(model)[layer]
-    hidden_size = model.config.hidden_size
-    if settings.init == "attention":
-        resolved = attention_settings(block.self_attn, hidden_size, layer, settings)
-        sidecar = MambaSidecar(hidden_size, layer, resolved, seed)
+    copied = settings.init == "attention"
+    shape = attention_settings(model, layer, settings) if copied else settings
+    sidecar = MambaSidecar(model.config.hidden_size, layer, shape, seed)
+    if copied:
         init_from_attention(sidecar, block.self_attn)
-    else:
-        sidecar = MambaSidecar(hidden_size, layer, settings, seed)
     # 8-bit layers have integer weights; their norms still tell the computing dtype
     reference = next(parameter for parameter in block.parameters() if parameter.is_floating_point())
     return sidecar.to(device=reference.device, dtype=reference.dtype)
@@ -173,8 +170,9 @@ def mamba_kernels(device: torch.device | str = "cuda") -> str:
 
     Read from the binding itself: mamba-ssm may be installed and still fail to import. On a CPU it is always PyTorch.
     """
-    scans = (modeling_mamba2.mamba2_chunk_scan, modeling_mamba2.mamba2_selective_state_update)
-    bound = all(_implementation(function).__module__.startswith("mamba_ssm") for function in scans)
+    dispatching = (modeling_mamba2.mamba2_chunk_scan, modeling_mamba2.mamba2_selective_state_update)
+    called = [inspect.getclosurevars(function).nonlocals["implementation"] for function in dispatching]
+    bound = all(function.__module__.startswith("mamba_ssm") for function in called)
     return "mamba-ssm" if bound and torch.device(device).type != "cpu" else "PyTorch"
 
 
@@ -189,8 +187,3 @@ def pytorch_scan() -> Iterator[None]:
     finally:
         for name, function in bound.items():
             setattr(modeling_mamba2, name, function)
-
-
-def _implementation(function):
-    """What one of transformers' dispatching functions calls."""
-    return inspect.getclosurevars(function).nonlocals["implementation"]

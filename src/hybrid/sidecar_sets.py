@@ -1,9 +1,8 @@
 """Which distilled sidecars a run takes: its own, else the shipped ones; sets of them from several seeds."""
 
 import argparse
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import safe_open
@@ -11,14 +10,11 @@ from torch import nn
 
 from src.base.errors import UserError
 from src.base.results import model_slug
-from src.hybrid.checkpoints import available_layers, check_base, read_index
+from src.hybrid import checkpoints
 from src.hybrid.sidecar import SidecarSettings
 from src.models.loading import ASSETS_DIR
 
 DISTIL = "scripts/04_test_sidecar.py"
-
-
-LEARNED_GATES = "learned_gate.safetensors"
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class SidecarSet:
     @property
     def has_learned_gates(self) -> bool:
         """Whether learned gates of all its layers were trained with it."""
-        path = self.folder / LEARNED_GATES
+        path = self.folder / checkpoints.LEARNED_GATES
         if not path.is_file():
             return False
         with safe_open(path, framework="np") as archive:
@@ -41,7 +37,7 @@ class SidecarSet:
 
     def learned_gate_sha256(self) -> str:
         """A hash over the learned gates that were trained with it."""
-        return _sha256([self.folder / LEARNED_GATES])
+        return checkpoints.files_sha256([self.folder / checkpoints.LEARNED_GATES])
 
     def source(self) -> dict[str, object]:
         """The arguments of `attach_mamba_sidecar` that load it."""
@@ -49,24 +45,17 @@ class SidecarSet:
 
     def settings(self) -> SidecarSettings:
         """The geometry of its sidecars."""
-        return SidecarSettings(**read_index(self.folder)["settings"])
+        return SidecarSettings(**checkpoints.read_index(self.folder)["settings"])
 
     def key(self) -> dict[str, object]:
         """What a result measured with it depends on: the layers, and the bytes of their sidecars."""
-        files = [self.folder / f"stage_{self.stage}" / f"layer_{layer}.safetensors" for layer in self.layers]
-        return {"layers": self.layers, "sidecars": _sha256(files)}
+        return {"layers": self.layers, "sidecars": checkpoints.sidecars_sha256(self.folder, self.stage, self.layers)}
 
     def identity(self) -> dict[str, object]:
         """What a meta file says of it: seed, folder, stage, layers, and a hash over its files and learned gates."""
-        stage, gates = f"stage_{self.stage}/*.safetensors", "*.safetensors"
-        files = [*sorted(self.folder.glob(stage)), *sorted(self.folder.glob(gates))]
-        return {
-            "seed": self.seed,
-            "folder": self.folder,
-            "stage": self.stage,
-            "layers": self.layers,
-            "sha256": _sha256(files),
-        }
+        folders = self.folder / f"stage_{self.stage}", self.folder
+        files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+        return asdict(self) | {"sha256": checkpoints.files_sha256(files)}
 
 
 def find_sidecars(
@@ -78,7 +67,7 @@ def find_sidecars(
     """
     folder = sidecar_folder(arguments.sidecar_dir, run_folder, arguments.model)
     found = SidecarSet(seed_of(folder), folder, choose_stage(folder, layers, stage or arguments.stage), list(layers))
-    check_base(model, folder)
+    checkpoints.check_base(model, folder)
     return found
 
 
@@ -89,7 +78,7 @@ def sidecar_folder(given: Path | None, run_folder: Path, model_name: str) -> Pat
     """
     candidates = [given] if given else [run_folder / "sidecars", shipped_folder(model_name)]
     for folder in candidates:
-        if available_layers(folder, "a") or available_layers(folder, "b"):
+        if checkpoints.available_layers(folder, "a") or checkpoints.available_layers(folder, "b"):
             return folder
     tried = " nor ".join(str(folder) for folder in candidates)
     raise UserError(f"there are no distilled sidecars in {tried}; distil them, or give --sidecar-dir", DISTIL)
@@ -107,19 +96,16 @@ def choose_stage(folder: Path, layers: Sequence[int], wanted: str = "auto") -> s
     """
     stages = ("b", "a") if wanted == "auto" else (wanted,)
     for stage in stages:
-        if set(layers) <= set(available_layers(folder, stage)):
+        if set(layers) <= set(checkpoints.available_layers(folder, stage)):
             return stage
-    missing = sorted(set(layers) - set(available_layers(folder, stages[-1])))
-    raise UserError(
-        f"there is no distilled sidecar of stage {stages[-1].upper()} for layers {missing} in {folder}; choose other "
-        "layers, or distil them",
-        f"{DISTIL} --retrain",
-    )
+    missing = sorted(set(layers) - set(checkpoints.available_layers(folder, stages[-1])))
+    absent = f"there is no distilled sidecar of stage {stages[-1].upper()} for layers {missing} in {folder}"
+    raise UserError(f"{absent}; choose other layers, or distil them", checkpoints.RETRAIN)
 
 
 def seed_of(folder: Path) -> int:
     """The seed that a folder's sidecars were distilled from, as its index names it; 0 where it names none."""
-    stages = read_index(folder)["stages"].values()
+    stages = checkpoints.read_index(folder)["stages"].values()
     return int(next((one["training"]["settings"]["seed"] for one in stages if one["training"].get("settings")), 0))
 
 
@@ -137,10 +123,3 @@ def sidecar_sets(folder: Path) -> dict[int, Path]:
             raise UserError(f"{other} and {sets[int(number)]} are both sidecars of seed {number}; remove one of them")
         sets[int(number)] = other
     return dict(sorted(sets.items()))
-
-
-def _sha256(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()

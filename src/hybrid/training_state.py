@@ -2,14 +2,13 @@
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 
 class TrainingCheckpoint:
-    """One file per stage: finished parts (rows and weights) and the state of the running one, replaced atomically.
+    """One file per stage: the state of each part (a group of layers of stage A, or all of another stage) that has run.
 
     A file of other settings, data or model is ignored, and overwritten at the next save.
     """
@@ -22,30 +21,10 @@ class TrainingCheckpoint:
             if stored.get("signature") == self.signature:
                 self.parts = stored["parts"]
 
-    def part(self, number: int) -> "CheckpointPart":
-        """The place of one part of the stage."""
-        return CheckpointPart(self, number)
-
-    def save(self) -> None:
-        """Write all parts; a crash meanwhile leaves the earlier file."""
+    def save(self, part: int, state: dict) -> None:
+        """Keep the state of a part (rows, weights, the optimiser's); a crash meanwhile leaves the earlier file."""
+        self.parts[part] = state
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         torch.save({"signature": self.signature, "parts": self.parts}, temporary)
         os.replace(temporary, self.path)
-
-
-@dataclass(frozen=True)
-class CheckpointPart:
-    """Where one part of a stage is kept: a group of layers of stage A, or all of another stage."""
-
-    checkpoint: TrainingCheckpoint
-    number: int
-
-    def load(self) -> dict | None:
-        """The state that an earlier run left, or None."""
-        return self.checkpoint.parts.get(self.number)
-
-    def save(self, state: dict) -> None:
-        """Keep a state: rows, weights, and the optimiser's where training goes on."""
-        self.checkpoint.parts[self.number] = state
-        self.checkpoint.save()

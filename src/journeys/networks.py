@@ -1,10 +1,4 @@
-"""Predictors that are networks, and the stale gate: from a token's history, and from what the routers were given.
-
-mlp, mlp_tuned  a network on the history of experts, with embeddings of layer and experts
-stale_gate      the target layer's own router, given the router input of layer l (no training)
-linear_probe    logistic regression from layer l's router input, one for each layer
-mlp_probe       the same with one hidden layer
-"""
+"""Predictors that are networks, on a token's history or on what its routers were given, and the stale gate."""
 
 import copy
 from collections.abc import Callable
@@ -104,11 +98,7 @@ def fit_history_network(
         # so that positions 0 .. 1000 lie in 0 .. 1, the early ones further apart
         position = np.log1p(data.position[cells.journey, None]) / np.log1p(1000)
         numbers = np.concatenate((gates.reshape(len(cells), -1), position), axis=1, dtype=np.float32)
-        return (
-            torch.from_numpy(cells.layer),
-            torch.from_numpy(experts.reshape(len(cells), -1)),
-            torch.from_numpy(numbers),
-        )
+        return tuple(torch.from_numpy(part) for part in (cells.layer, experts.reshape(len(cells), -1), numbers))
 
     def batch(cells: Cells) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         return inputs(cells), torch.from_numpy(targets_of(data, cells)[:, 0])

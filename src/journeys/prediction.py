@@ -1,8 +1,9 @@
 """The study of predictors: what they see, what earlier runs measured of them, and the tables that are made of it."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -29,15 +30,15 @@ DEPENDS_ON = {
 }
 
 
+# What `scoring.study` gives, by predictor and hop.
+Found = dict[tuple[str, int], dict[str, dict[str, np.ndarray]]]
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What predictors are fitted to and scored on.
+    """What predictors are fitted to and scored on; parts [P] of the problems, and what earlier runs measured.
 
-    Attributes:
-        data, parts: the journeys, and the part of each problem [P].
-        settings: budgets and shapes of the trained predictors.
-        seeds: of the runs of each predictor, which are averaged.
-        pieces: what earlier runs measured, by predictor, hop and split.
+    seeds: of the runs of each predictor, which are averaged.
     """
 
     data: cells.Data
@@ -53,25 +54,12 @@ class Task:
         return {"predictor": name, "hop": hop, "training_seeds": list(self.seeds), **settings}
 
 
-@dataclass(frozen=True, eq=False)
-class Result:
-    """One predictor at one hop: arrays by split ("problems", and "rows" where that was fitted too).
-
-    hits and bins are those of `scoring.Totals`, costs has the values of COSTS. With split "problems" come predicted
-    [T, L, K], the experts expected for the test journeys, and with "rows" paired [P, 3] (see `scoring.Study`).
-    """
-
-    name: str
-    hop: int
-    by_split: Mapping[str, Mapping[str, np.ndarray]]
-
-
 def data_sha256(data: cells.Data) -> str:
     """A hash over journeys and router inputs as predictors see them (of the latter: shapes, routers, first rows)."""
     digest = hashlib.sha256()
-    for values, kind in ((data.problem, "<i4"), (data.position, "<i4"), (data.experts, "<i2"), (data.gates, "<f4"),
-                         (data.hidden_row, "<i4")):  # fmt: skip
-        digest.update(np.ascontiguousarray(values, dtype=kind))
+    kinds = {"problem": "<i4", "position": "<i4", "experts": "<i2", "gates": "<f4", "hidden_row": "<i4"}
+    for name, kind in kinds.items():
+        digest.update(np.ascontiguousarray(getattr(data, name), dtype=kind))
     if data.hidden is not None:
         digest.update(np.ascontiguousarray(data.hidden.weight))
         for states in data.hidden.states:
@@ -85,32 +73,24 @@ def _label(name: str, hop: int, split: str) -> str:
     return f"{name} at hop {hop}" + (" split by row" if split == "rows" else "")
 
 
-def _arrays(study: scoring.Study, split: str) -> dict[str, np.ndarray]:
-    measured = study.by_split[split]
-    costs = np.array([measured.train_seconds, measured.predict_us, measured.parameters])
-    more = {"predicted": study.predicted} if split == "problems" else {"paired": study.paired}
-    return {"hits": measured.totals.hits, "bins": measured.totals.bins, "costs": costs, **more}
-
-
-def result_of(task: Task, name: str, hop: int, with_rows: bool) -> Result:
-    """One predictor at one hop, from the pieces where they are there; `with_rows` fits it on the leaky split too."""
+def result_of(task: Task, name: str, hop: int, with_rows: bool) -> dict[str, dict[str, np.ndarray]]:
+    """`scoring.study` of one predictor at one hop, from the pieces where they are there."""
     depends, studies = task.depends(name, hop), []
 
     def compute(split: str) -> dict[str, np.ndarray]:
         if not studies:  # the leaky split's piece comes first: its accuracy is paired with that of the honest split
             leaky = split == "rows"
             studies.append(scoring.study(name, task.data, task.parts, hop, task.settings, task.seeds, leaky))
-        return _arrays(studies[0], split)
+        return studies[0][split]
 
-    found = {
+    return {
         split: task.pieces.arrays(_label(name, hop, split), {**depends, "split": split}, lambda s=split: compute(s))
         for split in (("rows", "problems") if with_rows else ("problems",))
     }
-    return Result(name, hop, dict(sorted(found.items())))
 
 
-def run_all(task: Task, names: Sequence[str], hops: Sequence[int], leaky: Sequence[str]) -> list[Result]:
-    """Results by predictor and hop: those of `names` and `hops`, and with them all others that earlier runs left.
+def run_all(task: Task, names: Sequence[str], hops: Sequence[int], leaky: Sequence[str]) -> Found:
+    """Results of `names` at `hops`, and with them all others that earlier runs left.
 
     `leaky` are the predictors that are fitted on the leaky split as well.
     """
@@ -128,46 +108,38 @@ def run_all(task: Task, names: Sequence[str], hops: Sequence[int], leaky: Sequen
             ]  # fmt: skip
             if (name, hop) in wanted or "problems" in splits:
                 units[name, hop] = wanted.get((name, hop), False) or "rows" in splits
-    found = []
+    found = {}
     with tqdm(units.items(), unit="run", delay=3) as bar:
         for (name, hop), with_rows in bar:
             bar.set_description(f"{name}, hop {hop}")
-            found.append(result_of(task, name, hop, with_rows))
+            found[name, hop] = result_of(task, name, hop, with_rows)
     return found
 
 
 # -- results
-def result_tables(task: Task, found: Sequence[Result], resamples: int, seed: int, level: float) -> dict:
+def result_tables(task: Task, found: Found, resamples: int, seed: int, level: float) -> dict:
     """predictors.csv, predictors_per_layer.csv and leakage.csv; `seed` and `resamples` are those of the intervals."""
     rows, leaks = [], []
-    for name in dict.fromkeys(result.name for result in found):
-        own = [result for result in found if result.name == name]
-        for split in ("problems", "rows"):
-            for result in own:
-                arrays = result.by_split.get(split)
-                if arrays is None:
-                    continue
-                totals = scoring.Totals(arrays["hits"], arrays["bins"])
-                seconds, microseconds, parameters = arrays["costs"].tolist()
-                costs = dict(zip(COSTS, (seconds, microseconds, round(parameters)), strict=True))
-                key = {"predictor": name, "split": split, "hop": result.hop}
-                scores = scoring.score_rows(task.data, totals, result.hop, resamples, seed, level)
-                rows += [{**key, **row, **costs} for row in scores]
-                if split == "rows":
-                    leak = scoring.leakage(arrays["paired"], resamples, seed, level)
-                    leaks.append({"predictor": name, "hop": result.hop, "seeds": len(task.seeds), **leak})
+    hops = sorted({hop for _, hop in found})
+    for name, split, hop in product(PREDICTORS, ("problems", "rows"), hops):
+        arrays = found.get((name, hop), {}).get(split)
+        if arrays is not None:
+            seconds, microseconds, parameters = arrays["costs"].tolist()
+            costs = dict(zip(COSTS, (seconds, microseconds, round(parameters)), strict=True))
+            key = {"predictor": name, "split": split, "hop": hop}
+            scores = scoring.score_rows(task.data, arrays["hits"], arrays["bins"], hop, resamples, seed, level)
+            rows += [{**key, **row, **costs} for row in scores]
+            if split == "rows":
+                leak = scoring.leakage(arrays["paired"], resamples, seed, level)
+                leaks.append({"predictor": name, "hop": hop, "seeds": len(task.seeds), **leak})
     whole = [row for row in rows if row["layer"] == "all"]
     layers = [row for row in rows if row["layer"] != "all"]
     key = ["predictor", "split", "hop", "domain"]
     return {
-        "predictors.csv": _table(whole, [*key, *SCORES, *COSTS]),
-        "predictors_per_layer.csv": _table(layers, [*key, "layer", "rows", *SCORES]),
-        "leakage.csv": _table(leaks, ["predictor", "hop", "seeds", "rows", *LEAKAGE]),
+        "predictors.csv": pd.DataFrame(whole, columns=[*key, *SCORES, *COSTS], dtype=object),
+        "predictors_per_layer.csv": pd.DataFrame(layers, columns=[*key, "layer", "rows", *SCORES], dtype=object),
+        "leakage.csv": pd.DataFrame(leaks, columns=["predictor", "hop", "seeds", "rows", *LEAKAGE], dtype=object),
     }
-
-
-def _table(rows: list[dict], columns: list[str]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=columns, dtype=object)
 
 
 def splits_summary(data: cells.Data, parts: np.ndarray, seed: int) -> dict:
@@ -198,7 +170,7 @@ def splits_summary(data: cells.Data, parts: np.ndarray, seed: int) -> dict:
 
 def simulate(
     task: Task,
-    found: Sequence[Result],
+    found: Found,
     hop: int,
     capacities: Sequence[int],
     bandwidths: Sequence[float],
@@ -214,7 +186,7 @@ def simulate(
     data, parts = task.data, task.parts
     training = data.experts[parts[data.problem] == cells.PARTS.index("train")]
     frequencies = measures.expert_counts(training, data.num_experts).sum(axis=1)
-    predictions = {result.name: result.by_split["problems"]["predicted"] for result in found if result.hop == hop}
+    predictions = {name: by_split["problems"]["predicted"] for (name, at), by_split in found.items() if at == hop}
     trace = data.experts[scoring.scored_journeys(data, parts)]
     return expert_cache.cache_curves(
         trace, data.num_experts, capacities, bandwidths, expert_mb * 1e6, compute_ms, frequencies, predictions, hop,

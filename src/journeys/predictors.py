@@ -1,16 +1,8 @@
 """Which experts will a token need h layers from now? Eleven predictors, each fitted to the cells of `cells.py`.
 
-A predictor gives a probability to each of E experts for being the strongest of the target layer. Its predicted set are
-the K most probable; of equals the expert with the smaller id comes first.
-
-    uniform         every expert alike; scored in expectation, as if equals were drawn at random
-    majority        how often each expert is the strongest of the target layer, in training data
-    previous_token  the experts of the previous token at the target layer, each as likely as in training data
-    transition      how often each expert follows the strongest one of layer l, in training data
-    lookup          the same after the strongest experts of the last 1 .. 5 layers, longer histories first
-    xgboost         boosted trees on layer, last experts (categories), gate probabilities, position
-
-The other five (mlp, mlp_tuned, stale_gate, linear_probe, mlp_probe) are in `networks.py`.
+A predictor gives each of E experts a probability of being the strongest of the target layer; its predicted set are the
+K most probable, of equals those with the smaller ids. docs/journeys.md says in words what each of them does; those that
+are networks, or the model's own routers, are in `networks.py`.
 """
 
 from collections.abc import Sequence
@@ -177,16 +169,10 @@ def _fit_xgboost(data: Data, train: Cells, validation: Cells, settings: Settings
         )
 
     rng = np.random.default_rng(seed)
+    options = {"objective": "multi:softprob", "num_class": data.num_experts, "tree_method": "hist", "max_depth": 6,
+               "eta": 0.3, "seed": seed, "nthread": torch.get_num_threads()}  # fmt: skip
     model = xgboost.train(
-        {
-            "objective": "multi:softprob",
-            "num_class": data.num_experts,
-            "tree_method": "hist",
-            "max_depth": 6,
-            "eta": 0.3,
-            "seed": seed,
-            "nthread": torch.get_num_threads(),
-        },
+        options,
         matrix(drawn(train, settings.xgboost_rows, rng), labelled=True),
         settings.xgboost_rounds,
         evals=[(matrix(validation, labelled=True), "validation")],

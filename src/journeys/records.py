@@ -1,8 +1,7 @@
 """Token journeys as records: import and export of the two JSONL forms that exist in the wild.
 
-One JSON object per (token, layer):
+A row, of one token at one layer, is one JSON object:
     {"dataset": "gsm8k", "problem_id": 0, "layer": 0, "experts": [7, 0], "gating_probs": [0.8, 0.2], "token_idx": 0}
-either in one file, in any order, or in one file per token, `<dataset>_tokens/p<problem>_token_<idx>.jsonl`.
 """
 
 import hashlib
@@ -12,21 +11,24 @@ import re
 import shutil
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from tqdm.auto import tqdm
 
 from src.base.errors import UserError
 from src.base.results import model_slug
+from src.journeys.sample import place
 from src.journeys.store import COLLECT, Journeys, expert_dtype, read_journeys, shard_files, whole_file
 
 # How far gate probabilities may sum from 1: float16 has 11 bits, and K of them are added.
 SUM_TOLERANCE = 2e-3
 # Both sources of grade-school maths go by the folder name that the published notebook reads.
 MATHS_DATASETS = ("gsm8k", "gsm_symbolic")
+COLUMNS = ("dataset", "problem", "token", "layer", "file", "line", "length")
 _TOKEN_FILE = re.compile(r"p(\d+)_token_(\d+)\.jsonl$")
 
 # What can be wrong with a record, and with a journey.
@@ -80,51 +82,30 @@ def _describe(kind: str, problem: Problem) -> str:
 
 
 # -- import
-def read_input(
-    path: str | os.PathLike,
-    limit: int | None = None,
-    strict: bool = False,
-    num_experts: int | None = None,
-    model: str = "imported",
-) -> tuple[Journeys, "ImportReport | None"]:
-    """Journeys from whatever is at `path`: a store or a shard of it (no report then), one JSONL file, or token files.
-
-    The other arguments are those of `import_rows` and `import_token_files`.
-    Raises UserError where nothing is at `path`, for options that mean nothing for what is there, and as the readers do.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
-    is_store = path.suffix == ".parquet" if path.is_file() else bool(shard_files(path))
-    unused = {"num-experts": num_experts, "strict": strict} if is_store else {}
-    if is_store or path.is_file():
-        unused["limit"] = limit
-    for name, value in unused.items():
-        if value:
-            raise UserError(f"--{name} means nothing for {path}; leave it out")
-    if is_store:
-        return read_journeys(path), None
-    if path.is_file():
-        return import_rows(path, strict, num_experts, model)
-    return import_token_files(path, limit, strict, num_experts, model)
-
-
 def open_journeys(
     source: Path | None, folder: Path, limit: int | None, strict: bool, num_experts: int | None, model: str
 ) -> tuple[Journeys, bool]:
     """(the journeys of --input, or those collected in `folder`; whether they were imported from records).
 
-    What an import left out is said on stderr; the other arguments are those of `read_input`. Raises UserError where
-    there are no journeys.
+    `source` may be a store, a shard of it, or what `import_records` reads; what an import left out is said on stderr.
+    Raises UserError where there are no journeys, and for options that mean nothing for what is there.
     """
     if source is None:
         if not shard_files(folder):
             raise UserError(f"no journeys in {folder}; give --input, or collect them first", COLLECT)
         return read_journeys(folder), False
-    journeys, report = read_input(source, limit, strict, num_experts, model)
-    if report is not None:
-        print(*report.lines(), sep="\n", file=sys.stderr)
-    return journeys, report is not None
+    is_store = source.suffix == ".parquet" if source.is_file() else bool(shard_files(source))
+    unused = {"num-experts": num_experts, "strict": strict} if is_store else {}
+    if is_store or source.is_file():
+        unused["limit"] = limit
+    for name, value in unused.items():
+        if value:
+            raise UserError(f"--{name} means nothing for {source}; leave it out")
+    if is_store:
+        return read_journeys(source), False
+    journeys, report = import_records(source, limit, strict, num_experts, model)
+    print(*report.lines(), sep="\n", file=sys.stderr)
+    return journeys, True
 
 
 def in_file_order(journeys: Journeys, datasets: Sequence[str]) -> Journeys:
@@ -133,12 +114,9 @@ def in_file_order(journeys: Journeys, datasets: Sequence[str]) -> Journeys:
     It decides which of equally common paths comes first, and which journeys are the examples. `datasets` come first,
     in their order.
     """
-    names = journeys.dataset.tolist()
-    place = {name: (datasets.index(name) if name in datasets else len(datasets), name) for name in set(names)}
-    files = zip(journeys.problem_id.tolist(), journeys.token_idx.tolist(), strict=True)
-    keys = [
-        (place[name], f"p{problem}_token_{token}.jsonl") for name, (problem, token) in zip(names, files, strict=True)
-    ]
+    places = {name: place(datasets, name) for name in np.unique(journeys.dataset).tolist()}
+    rows = zip(journeys.dataset.tolist(), journeys.problem_id.tolist(), journeys.token_idx.tolist(), strict=True)
+    keys = [(places[name], f"p{problem}_token_{token}.jsonl") for name, problem, token in rows]
     return journeys.select(sorted(range(len(keys)), key=keys.__getitem__))
 
 
@@ -147,60 +125,48 @@ def identity(journeys: Journeys, source: Path) -> dict:
     digest = hashlib.sha256()
     for start in range(0, len(journeys.experts), 1_000_000):
         rows = slice(start, start + 1_000_000)
-        for values, kind in (
-            (journeys.problem_id, "<i4"), (journeys.token_idx, "<i4"), (journeys.experts, "<i2"),
-            (journeys.gating_probs, "<f2"),
-        ):  # fmt: skip
-            digest.update(np.ascontiguousarray(values[rows], dtype=kind))
+        for name, kind in (("problem_id", "<i4"), ("token_idx", "<i4"), ("experts", "<i2"), ("gating_probs", "<f2")):
+            digest.update(np.ascontiguousarray(getattr(journeys, name)[rows], dtype=kind))
     return {"source": source, "journeys": len(journeys.experts), "sha256": digest.hexdigest()}
 
 
-def import_rows(
-    path: str | os.PathLike, strict: bool = False, num_experts: int | None = None, model: str = "imported"
-) -> tuple[Journeys, ImportReport]:
-    """Journeys from one JSONL file of (token, layer) rows in any order, and what was left out.
-
-    A journey is left out when a row of it has a fault or a layer is missing; K is the most common number of experts,
-    the layers are those that at least half as many journeys have as the most frequent one. Rows are sorted so that the
-    strongest expert comes first. num_experts: E; None infers it (see `infer_num_experts`).
-
-    Raises UserError for a file that is not there or holds no complete journey, and with `strict` for any fault.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no file {path} to import")
-    return _import([path], strict, num_experts, model, lambda file: (file.stem, None, None))
-
-
-def import_token_files(
-    folder: str | os.PathLike,
+def import_records(
+    path: Path,
     limit: int | None = None,
     strict: bool = False,
     num_experts: int | None = None,
     model: str = "imported",
 ) -> tuple[Journeys, ImportReport]:
-    """Journeys from one JSONL file per token, and what was left out; faults as in `import_rows`.
+    """Journeys from records, and what was left out.
 
-    folder: holds `p<problem>_token_<idx>.jsonl`, or folders `<dataset>_tokens` that do. limit: the first so many files
-    of each folder in string order (p0_token_10 before p0_token_2), which is what the published notebook reads. Rows
-    without dataset, problem_id or token_idx take them from the names of folder and file.
+    A journey is left out when a row of it has a fault or a layer is missing; K is the most common number of experts,
+    the layers are those that at least half as many journeys have as the most frequent one. Rows are sorted so that the
+    strongest expert comes first.
+
+    Args:
+        path: a JSONL file of (token, layer) rows in any order; or a folder of `p<problem>_token_<idx>.jsonl`, or of
+            folders `<dataset>_tokens` that hold those. Rows of token files that lack dataset, problem_id or token_idx
+            take them from the names of folder and file.
+        limit: the first so many token files of each folder in string order (p0_token_10 before p0_token_2), which is
+            what the published notebook reads.
+        num_experts: E; None infers it (see `infer_num_experts`).
+
+    Raises UserError where there is nothing or no complete journey, and with `strict` for any fault.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder} to import")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}; it must be at least 1")
-    folders = [inner for inner in sorted(folder.glob("*_tokens")) if inner.is_dir()] or [folder]
+    if path.is_file():
+        return _import([path], [(path.stem, None, None)], strict, num_experts, model)
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist")
+    folders = [inner for inner in sorted(path.glob("*_tokens")) if inner.is_dir()] or [path]
     files = [file for inner in folders for file in sorted(inner.glob("*.jsonl"), key=lambda file: file.name)[:limit]]
     if not files:
-        raise UserError(f"{folder} holds no token files (p<problem>_token_<idx>.jsonl)")
-
-    def names(file: Path) -> tuple[str, int | None, int | None]:
+        raise UserError(f"{path} holds no token files (p<problem>_token_<idx>.jsonl)")
+    defaults = []
+    for file in files:
         match = _TOKEN_FILE.search(file.name)
         numbers = (int(match[1]), int(match[2])) if match else (None, None)
-        return file.parent.name.removesuffix("_tokens"), *numbers
-
-    return _import(files, strict, num_experts, model, names)
+        defaults.append((file.parent.name.removesuffix("_tokens"), *numbers))
+    return _import(files, defaults, strict, num_experts, model)
 
 
 class _Faults:
@@ -211,53 +177,39 @@ class _Faults:
 
     def add(self, kind: str, file: int, line: int, count: int = 1) -> None:
         """Count `count` more of a kind, of which the first is in line `line` of files[file]."""
-        earlier = self.problems.get(kind)
-        if earlier is None:
-            self.problems[kind] = Problem(count, str(self.files[file]), line)
-        else:
-            self.problems[kind] = replace(earlier, count=earlier.count + count)
+        first = self.problems.get(kind, Problem(0, str(self.files[file]), line))
+        self.problems[kind] = replace(first, count=first.count + count)
 
-    def add_rows(self, kind: str, rows: np.ndarray, file: np.ndarray, line: np.ndarray) -> None:
-        """Count rows (indices, ascending) of the arrays file, line."""
+    def add_rows(self, kind: str, rows: pd.DataFrame) -> None:
+        """Count rows, of which the one with the smallest index is the first."""
         if len(rows):
-            self.add(kind, int(file[rows[0]]), int(line[rows[0]]), len(rows))
+            self.add(kind, *rows.loc[rows.index.min(), ["file", "line"]].tolist(), len(rows))
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """R readable rows of several files; experts and probs hold `lengths` [R] values each, one row after another."""
+def _read_rows(
+    files: Sequence[Path], defaults: Sequence[tuple], faults: _Faults
+) -> tuple[pd.DataFrame, np.ndarray, np.ndarray, list[str], int]:
+    """(R readable rows of all files, their experts, their probabilities, names of data sets in order, rows read).
 
-    dataset: np.ndarray  # index into `names`
-    names: list[str]
-    problem: np.ndarray
-    token: np.ndarray
-    layer: np.ndarray
-    file: np.ndarray
-    line: np.ndarray
-    lengths: np.ndarray
-    experts: np.ndarray
-    probs: np.ndarray  # NaN where the row gives none
-    total: int  # lines read
-
-
-def _read_rows(files: Sequence[Path], names: Callable[[Path], tuple], faults: _Faults) -> _Rows:
-    """Rows of all files; those that cannot be read are counted in `faults`. UserError where none can be read."""
-    columns = {name: array("q") for name in ("dataset", "problem", "token", "layer", "file", "line", "lengths")}
-    experts, probs, datasets, total = array("q"), array("d"), {}, 0
+    Experts and probabilities (NaN where a row gives none) are those of one row after another, `length` each. Column
+    dataset is an index into the names. `defaults` has data set, problem and token of each file's rows that name none.
+    Rows that cannot be read are counted in `faults`; UserError where none can be read.
+    """
+    table, experts, probs, datasets, total = [array("q") for _ in COLUMNS], array("q"), array("d"), {}, 0
     decoder = json.JSONDecoder(parse_constant=_refuse_constant)
     for index, file in enumerate(tqdm(files, desc="import", unit="file", delay=3, disable=len(files) < 2)):
-        default_dataset, default_problem, default_token = names(file)
+        default_dataset, default_problem, default_token = defaults[index]
         with open(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.isspace():
                     continue
                 total += 1
+                size = len(experts)
                 try:
                     row = decoder.decode(line.decode())
                 except (ValueError, RecursionError):
                     faults.add(BROKEN_JSON, index, number)
                     continue
-                size = len(experts), len(probs)
                 try:
                     chosen, weights = row["experts"], row["gating_probs"]
                     keys = (row.get("problem_id", default_problem), row.get("token_idx", default_token), row["layer"])
@@ -268,22 +220,24 @@ def _read_rows(files: Sequence[Path], names: Callable[[Path], tuple], faults: _F
                         raise TypeError
                     experts.extend(chosen)  # refuses anything but integers
                     probs.extend([float("nan")] * len(chosen) if weights is None else weights)  # anything but numbers
-                    if len(experts) - size[0] != len(probs) - size[1]:
+                    if len(experts) != len(probs):
                         raise TypeError
                 except (TypeError, KeyError, AttributeError, OverflowError):
-                    del experts[size[0] :], probs[size[1] :]
+                    del experts[size:], probs[size:]
                     faults.add(BAD_ROW, index, number)
                 else:
                     values = (datasets.setdefault(dataset, len(datasets)), *keys, index, number, len(chosen))
-                    for column, value in zip(columns.values(), values, strict=True):
+                    for column, value in zip(table, values, strict=True):
                         column.append(value)
-    if not columns["lengths"]:
+    if not datasets:
         found = "".join(f"; {_describe(kind, problem)}" for kind, problem in faults.problems.items())
         raise UserError(f"{_name(files)} holds no (token, layer) row{found}")
-    arrays = {name: np.frombuffer(column, dtype=np.int64)
-              for name, column in columns.items()}  # fmt: skip
-    return _Rows(**arrays, names=list(datasets), experts=np.array(experts, dtype=np.int64), probs=np.array(probs),
-                 total=total)  # fmt: skip
+    rows = pd.DataFrame(
+        {name: np.frombuffer(column, dtype=np.int64) for name, column in zip(COLUMNS, table, strict=True)}
+    )
+    names = sorted(datasets)
+    rows["dataset"] = np.array([names.index(name) for name in datasets])[rows["dataset"]]
+    return rows, np.array(experts, dtype=np.int64), np.array(probs), names, total
 
 
 def _refuse_constant(name: str):
@@ -308,7 +262,7 @@ def infer_num_experts(experts: np.ndarray) -> int:
 
 
 def _ranked(
-    experts: np.ndarray, probs: np.ndarray, num_experts: int, file: np.ndarray, line: np.ndarray, faults: _Faults
+    experts: np.ndarray, probs: np.ndarray, num_experts: int, rows: pd.DataFrame, faults: _Faults
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(experts [R, K] and probabilities, the strongest first; which rows [R] have a fault, which is counted)."""
     # Padding (-1, probability 0) stays last
@@ -317,83 +271,63 @@ def _ranked(
     out_of_range = ((experts < -1) | (experts >= num_experts)).any(axis=1)
     ranked = np.sort(experts, axis=1)
     twice = ((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)).any(axis=1) & ~out_of_range
-    total = probs.sum(axis=1)
-    empty = (experts == -1).all(axis=1)
-    unknown = np.isnan(probs).all(axis=1)
-    wrong_sum = ~(np.abs(total - np.where(empty, 0.0, 1.0)) <= SUM_TOLERANCE) & ~unknown
-    wrong_sum |= ~unknown & ((probs < 0) | ((experts == -1) & (probs != 0))).any(axis=1)
-    bad = out_of_range | twice | wrong_sum
+    expected = np.where((experts == -1).all(axis=1), 0.0, 1.0)
+    wrong_sum = ~(np.abs(probs.sum(axis=1) - expected) <= SUM_TOLERANCE)
+    wrong_sum |= ((probs < 0) | ((experts == -1) & (probs != 0))).any(axis=1)
+    wrong_sum &= ~np.isnan(probs).all(axis=1)
     for kind, mask in ((EXPERTS_OUT_OF_RANGE, out_of_range), (EXPERT_TWICE, twice), (BAD_SUM, wrong_sum)):
-        faults.add_rows(kind, np.flatnonzero(mask), file, line)
-    return experts, probs, bad
+        faults.add_rows(kind, rows[mask])
+    return experts, probs, out_of_range | twice | wrong_sum
 
 
 def _import(
-    files: Sequence[Path], strict: bool, num_experts: int | None, model: str, names: Callable[[Path], tuple]
+    files: Sequence[Path], defaults: Sequence[tuple], strict: bool, num_experts: int | None, model: str
 ) -> tuple[Journeys, ImportReport]:
     faults = _Faults(files)
-    rows = _read_rows(files, names, faults)
-    top_k = int(np.bincount(rows.lengths).argmax())
-    fits = rows.lengths == top_k
-    faults.add_rows(BAD_ROW, np.flatnonzero(~fits), rows.file, rows.line)
-    starts = (np.cumsum(rows.lengths) - rows.lengths)[fits]
-    place = starts[:, None] + np.arange(top_k)
-    experts, probs = rows.experts[place], rows.probs[place]
-    dataset, problem, token, layer, file, line = (
-        values[fits] for values in (rows.dataset, rows.problem, rows.token, rows.layer, rows.file, rows.line)
-    )
+    rows, experts, probs, names, total = _read_rows(files, defaults, faults)
+    top_k = int(np.bincount(rows["length"]).argmax())
+    fits = (rows["length"] == top_k).to_numpy()
+    faults.add_rows(BAD_ROW, rows[~fits])
+    places = (rows["length"].cumsum() - rows["length"]).to_numpy()[fits, None] + np.arange(top_k)
+    rows, experts, probs = rows[fits].reset_index(drop=True), experts[places], probs[places]
     inferred = num_experts is None
     num_experts = infer_num_experts(experts) if inferred else num_experts
+    experts, probs, rows["bad"] = _ranked(experts, probs, num_experts, rows, faults)
 
-    experts, probs, bad = _ranked(experts, probs, num_experts, file, line, faults)
-
-    # rows sorted by journey and layer; a stable sort keeps the first of two equal rows first
-    rank = np.argsort(np.argsort(rows.names))  # of each data set's name
-    by_name = rank[dataset]
-    order = np.lexsort((layer, token, problem, by_name))
-    by_name, problem, token, layer, bad = (values[order] for values in (by_name, problem, token, layer, bad))
-    new_journey = np.ones(len(order), dtype=bool)
-    new_journey[1:] = (np.diff(by_name) != 0) | (np.diff(problem) != 0) | (np.diff(token) != 0)
-    journey = np.cumsum(new_journey) - 1
-    repeated = np.zeros(len(order), dtype=bool)
-    repeated[1:] = ~new_journey[1:] & (np.diff(layer) == 0)
-    found_layers, occurrences = np.unique(layer[~repeated], return_counts=True)
+    # rows by journey and layer; the sort is stable: of two equal rows the first stays first
+    rows = rows.iloc[np.lexsort((rows["layer"], rows["token"], rows["problem"], rows["dataset"]))]
+    journey = rows.groupby(["dataset", "problem", "token"]).ngroup().to_numpy()
+    repeated = rows.duplicated(["dataset", "problem", "token", "layer"]).to_numpy()
+    found_layers, occurrences = np.unique(rows["layer"][~repeated], return_counts=True)
     layers = found_layers[occurrences * 2 >= occurrences.max()]
-    stray = ~np.isin(layer, layers)
-    faults.add_rows(STRAY_LAYER, np.sort(order[stray]), file, line)
-    faults.add_rows(DUPLICATE_ROW, np.sort(order[repeated]), file, line)
-
-    num_journeys = int(journey[-1]) + 1
-    faulty = np.bincount(journey, weights=bad | repeated, minlength=num_journeys) > 0
-    complete = np.bincount(journey[~repeated & ~stray], minlength=num_journeys) == len(layers)
-    first_row = order[new_journey]
-    faults.add_rows(INCOMPLETE, np.sort(first_row[~faulty & ~complete]), file, line)
-    keep_journey = ~faulty & complete
+    stray = ~np.isin(rows["layer"], layers)
+    faults.add_rows(STRAY_LAYER, rows[stray])
+    faults.add_rows(DUPLICATE_ROW, rows[repeated])
+    heads = rows[np.diff(journey, prepend=-1) > 0]  # the first row of each journey
+    faulty = np.bincount(journey, weights=rows["bad"] | repeated) > 0
+    complete = np.bincount(journey[~repeated & ~stray], minlength=len(heads)) == len(layers)
+    faults.add_rows(INCOMPLETE, heads[~faulty & ~complete])
+    kept = ~faulty & complete
     report = ImportReport(
-        len(files), rows.total, int(keep_journey.sum()), int((~keep_journey).sum()), faults.problems, num_experts,
-        inferred,
-    )  # fmt: skip
-    if report.problems and strict:
-        raise UserError(f"{_name(files)}: " + "; ".join(report.lines()[1:]))
-    if not report.journeys:
-        raise UserError(f"{_name(files)} holds no complete journey: " + "; ".join(report.lines()[1:]))
-    keep = keep_journey[journey] & ~stray
-    heads = np.flatnonzero(new_journey)[keep_journey]
+        len(files), total, int(kept.sum()), int((~kept).sum()), faults.problems, num_experts, inferred
+    )
+    if strict and report.problems or not report.journeys:
+        what = "" if report.journeys else " holds no complete journey"
+        raise UserError(f"{_name(files)}{what}: " + "; ".join(report.lines()[1:]))
+    heads, used = heads[kept], rows.index[kept[journey] & ~stray]
     shape = (report.journeys, len(layers), top_k)
-    experts = experts[order[keep]].reshape(shape)
-    kept_names = np.array(sorted(rows.names))
     return (
         Journeys(
-            dataset=kept_names[by_name[heads]],
-            problem_id=problem[heads].astype(np.int32),
-            token_idx=token[heads].astype(np.int32),
+            dataset=np.array(names)[heads["dataset"]],
+            problem_id=heads["problem"].to_numpy(np.int32),
+            token_idx=heads["token"].to_numpy(np.int32),
             token_id=np.full(shape[0], -1, dtype=np.int32),
             token=np.full(shape[0], "", dtype=object),
             is_generated=np.zeros(shape[0], dtype=bool),
-            experts=experts.astype(expert_dtype(num_experts, padded=bool((experts < 0).any()))),
-            gating_probs=probs[order[keep]].reshape(shape).astype(np.float16),
+            experts=experts[used].reshape(shape).astype(expert_dtype(num_experts, bool((experts[used] < 0).any()))),
+            gating_probs=probs[used].reshape(shape).astype(np.float16),
             model=model,
-            layers=tuple(int(layer) for layer in layers),
+            layers=tuple(layers.tolist()),
             num_experts=num_experts,
         ),
         report,
@@ -405,11 +339,6 @@ def _name(files: Sequence[Path]) -> str:
 
 
 # -- export
-def token_folder(dataset: str) -> str:
-    """Folder of a data set's token files: `humaneval_tokens`; grade-school maths of any source is `gsm8k_tokens`."""
-    return f"{'gsm8k' if dataset in MATHS_DATASETS else model_slug(dataset)}_tokens"
-
-
 def export_token_files(journeys: Journeys, root: str | os.PathLike) -> list[Path]:
     """Write one file per token, `<root>/<dataset>_tokens/p<problem>_token_<idx>.jsonl`; returns the folders.
 
@@ -418,7 +347,8 @@ def export_token_files(journeys: Journeys, root: str | os.PathLike) -> list[Path
     there; an earlier one is replaced. Raises UserError where two data sets would share a folder.
     """
     root, datasets = Path(root), np.unique(journeys.dataset).tolist()
-    folders = [root / token_folder(dataset) for dataset in datasets]
+    names = ["gsm8k" if dataset in MATHS_DATASETS else model_slug(dataset) for dataset in datasets]
+    folders = [root / f"{name}_tokens" for name in names]
     if len(set(folders)) < len(folders):
         raise UserError(f"{' and '.join(datasets)} would be exported to the same folder; export them one at a time")
     root.mkdir(parents=True, exist_ok=True)

@@ -72,28 +72,17 @@ def evaluate(predictor: Predictor, data: Data, cells: Cells, seed: int = 0) -> t
     return Scores(*joined), 1e6 * seconds / len(cells)
 
 
-@dataclass(frozen=True, eq=False)
-class Totals:
-    """Sums of scores, which add up over seeds: hits [L, P, 5] (the four METRICS, and the number of cells) and, for the
-    calibration error, bins [L, G, ECE_BINS, 3] (cells, confidence, right) over G domains. By source layer.
+def total(data: Data, cells: Cells, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of scores by source layer: hits [L, P, 5] (the four METRICS, and the number of cells), and for the
+    calibration error bins [L, G, ECE_BINS, 3] (cells, confidence, right) over G domains.
     """
-
-    hits: np.ndarray
-    bins: np.ndarray
-
-    def __add__(self, other: "Totals") -> "Totals":
-        return Totals(self.hits + other.hits, self.bins + other.bins)
-
-
-def total(data: Data, cells: Cells, scores: Scores) -> Totals:
-    """Sum the scores of cells by layer and problem."""
     num_layers, num_problems, num_domains = len(data.layers), len(data.problem_names), len(data.domain_names)
     problem = data.problem[cells.journey]
     hits = _sums(cells.layer * num_problems + problem, (*scores.hits.T, None), num_layers * num_problems)
     interval = np.clip(np.ceil(scores.confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
     place = (cells.layer * num_domains + data.domain_of_problem[problem]) * ECE_BINS + interval
     bins = _sums(place, (None, scores.confidence, scores.hits[:, 0]), num_layers * num_domains * ECE_BINS)
-    return Totals(hits.reshape(num_layers, num_problems, -1), bins.reshape(num_layers, num_domains, ECE_BINS, -1))
+    return hits.reshape(num_layers, num_problems, -1), bins.reshape(num_layers, num_domains, ECE_BINS, -1)
 
 
 def _sums(places: np.ndarray, columns: Sequence, size: int) -> np.ndarray:
@@ -109,8 +98,10 @@ def calibration_error(bins: np.ndarray) -> float:
     return float(np.abs(right - confidence).sum() / cells.sum())
 
 
-def score_rows(data: Data, totals: Totals, hop: int, resamples: int, seed: int, level: float) -> list[dict]:
-    """Rows of results: every domain ("all" first) x every target layer ("all" first) that has cells.
+def score_rows(
+    data: Data, hits: np.ndarray, bins: np.ndarray, hop: int, resamples: int, seed: int, level: float
+) -> list[dict]:
+    """Rows of results from the sums of `total`: every domain x every target layer that has cells, "all" first of both.
 
     Columns domain, layer (the target's number in the model), rows (cells, summed over seeds), METRICS as shares,
     top1_low and top1_high (bootstrap over problems; NaN for fewer than two), ece.
@@ -120,68 +111,43 @@ def score_rows(data: Data, totals: Totals, hop: int, resamples: int, seed: int, 
         members = data.domain_of_problem == domain if domain >= 0 else np.ones(len(data.problem_names), dtype=bool)
         for layer in range(-1, len(data.layers) - hop):
             where = slice(None) if layer < 0 else slice(layer, layer + 1)
-            hits = totals.hits[where][:, members].sum(axis=0)
-            hits = hits[hits[:, -1] > 0]
-            if not len(hits):
+            own = hits[where][:, members].sum(axis=0)
+            own = own[own[:, -1] > 0]
+            if not len(own):
                 continue
-            shares = hits[:, :-1].sum(axis=0) / hits[:, -1].sum()
+            shares = own[:, :-1].sum(axis=0) / own[:, -1].sum()
             low = high = float("nan")
-            if len(hits) > 1:
-                interval = stats.cluster_bootstrap(hits[:, 0], hits[:, -1], resamples, seed, level)
+            if len(own) > 1:
+                interval = stats.cluster_bootstrap(own[:, 0], own[:, -1], resamples, seed, level)
                 low, high = interval.low, interval.high
-            bins = totals.bins[where] if domain < 0 else totals.bins[where, domain]
             rows.append(
                 {
                     "domain": name,
                     "layer": "all" if layer < 0 else data.layers[layer + hop],
-                    "rows": int(hits[:, -1].sum()),
+                    "rows": int(own[:, -1].sum()),
                     **dict(zip(METRICS, shares.tolist(), strict=True)),
                     "top1_low": low,
                     "top1_high": high,
-                    "ece": calibration_error(bins),
+                    "ece": calibration_error(bins[where] if domain < 0 else bins[where, domain]),
                 }
             )
     return rows
 
 
 # -- everything about one predictor
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """One predictor under one split, summed over seeds: totals, mean train_seconds, predict_us and parameters."""
-
-    totals: Totals
-    train_seconds: float
-    predict_us: float
-    parameters: float
-
-
-@dataclass(frozen=True, eq=False)
-class Study:
-    """One predictor at one hop.
-
-    by_split: "problems" and, where it was asked for, "rows". paired [P, 3]: right under the row split, right under the
-    problem split, cells, all on the same cells (None without a row split). predicted [T, L, K] int16: the experts
-    predicted under the problem split with the first seed for the T test journeys in order, best first; -1 is none.
-    """
-
-    by_split: dict[str, Measured]
-    paired: np.ndarray | None
-    predicted: np.ndarray
-
-
 def study(
-    name: str,
-    data: Data,
-    parts: np.ndarray,
-    hop: int,
-    settings: Settings,
-    seeds: Sequence[int],
-    with_rows: bool,
-) -> Study:
+    name: str, data: Data, parts: np.ndarray, hop: int, settings: Settings, seeds: Sequence[int], with_rows: bool
+) -> dict[str, dict[str, np.ndarray]]:
     """Fit and score the predictor `name` for each seed, under the split by problem and, if `with_rows`, by row.
 
     parts [P] from `problem_parts`: the same for all seeds, which change what is drawn in training and which cells the
-    row split draws. Cells are paired where the row split's test part meets the problem split's.
+    row split draws. Returns by split, "problems" and "rows":
+        hits, bins: those of `total`, summed over seeds;
+        costs [3]: mean seconds of training, microseconds for a prediction, and parameters;
+        predicted [T, L, K] int16 (problems): the experts predicted with the first seed for the T test journeys in
+            order, best first; -1 is none;
+        paired [P, 3] (rows): right under the row split, right under the problem split, cells, all on the cells in
+            which the row split's test part meets the problem split's.
     """
     runs: dict[str, list] = {}
     paired = np.zeros((len(parts), 3))
@@ -196,9 +162,8 @@ def study(
             predictor = fit(name, data, split.train, split.validation, settings, seed)
             seconds = time.perf_counter() - clock
             scores, predict_us = evaluate(predictor, data, split.test, seed)
-            runs.setdefault(kind, []).append(
-                (total(data, split.test, scores), seconds, predict_us, predictor.parameters)
-            )
+            costs = np.array([seconds, predict_us, predictor.parameters])
+            runs.setdefault(kind, []).append((*total(data, split.test, scores), costs))
             right[kind] = np.full(data.experts.shape[:2], np.nan)
             right[kind][split.test.journey, split.test.layer] = scores.hits[:, 0]
             if predicted is None:
@@ -207,11 +172,12 @@ def study(
             both = np.isfinite(right["rows"]) & np.isfinite(right["problems"])
             problem = data.problem[np.nonzero(both)[0]]
             paired += _sums(problem, (right["rows"][both], right["problems"][both], None), len(parts))
-    by_split = {
-        kind: Measured(sum((run[0] for run in done[1:]), done[0][0]), *np.mean([run[1:] for run in done], axis=0))
-        for kind, done in runs.items()
-    }
-    return Study(by_split, paired if with_rows else None, predicted)
+    more = {"problems": {"predicted": predicted}, "rows": {"paired": paired}}
+    found = {}
+    for kind, done in runs.items():
+        hits, bins, costs = zip(*done, strict=True)
+        found[kind] = {"hits": sum(hits), "bins": sum(bins), "costs": np.mean(costs, axis=0), **more[kind]}
+    return found
 
 
 def scored_journeys(data: Data, parts: np.ndarray) -> np.ndarray:

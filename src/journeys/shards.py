@@ -16,16 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from src.base import cli, results
 from src.base.errors import UserError
 from src.journeys import collection, records, store
+from src.models import loading
 from src.models.blockffn import BlockFFNForCausalLM
 from src.models.families import context_length
-from src.models.loading import (
-    check_weight_files,
-    is_blockffn,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
-)
 from src.routing_extractor import RouterShape, TopKExtractor, router_arrays, router_shape
 
 # Flags behind those entries of a shard's run that have another name.
@@ -75,10 +68,8 @@ def prepare_store(folder: Path, name: str, run: dict, restart: bool) -> None:
             store.hidden_file(shard).unlink(missing_ok=True)
             shard.unlink()
         elif differing:
-            raise UserError(
-                f"{folder} holds journeys of another run ({shard.name}: other {', '.join(differing)}); add --restart "
-                "to replace them, or give another --output-dir"
-            )
+            found = f"{folder} holds journeys of another run ({shard.name}: other {', '.join(differing)})"
+            raise UserError(f"{found}; add --restart to replace them, or give another --output-dir")
 
 
 @dataclass(frozen=True)
@@ -114,14 +105,9 @@ def all_shards(
 # -- what runs the model
 @dataclass(frozen=True)
 class Collector:
-    """What runs the model.
+    """What runs the model: run(prompts, hidden) records journeys, with router inputs of the first `hidden` prompts.
 
-    Attributes:
-        run: run(prompts, hidden) gives what was recorded, with router inputs of the first `hidden` prompts.
-        tokenizer: the model's.
-        max_tokens: tokens kept of a prompt.
-        shape: of the routers.
-        routers: the routers themselves, where router inputs are saved.
+    max_tokens: kept of a prompt. routers: the routers' arrays, where router inputs are saved.
     """
 
     run: Callable[[Sequence[Sequence[int]], int], list[collection.Recorded]]
@@ -143,14 +129,14 @@ def _load(arguments: argparse.Namespace, path: Path, state: PartialState) -> tup
     if arguments.device_map == "auto":
         if state.num_processes > 1:
             raise UserError("--device-map auto spreads one process's model; do not combine it with several")
-        check_weight_files(path)
-        model_class = BlockFFNForCausalLM if is_blockffn(path) else AutoModelForCausalLM
-        dtype = resolve_dtype(arguments.dtype, resolve_device())
+        loading.check_weight_files(path)
+        model_class = BlockFFNForCausalLM if loading.is_blockffn(path) else AutoModelForCausalLM
+        dtype = loading.resolve_dtype(arguments.dtype, loading.resolve_device())
         model = model_class.from_pretrained(path, dtype=dtype, device_map="auto").eval().requires_grad_(False)
-        tokenizer = load_tokenizer(path)
+        tokenizer = loading.load_tokenizer(path)
     else:
         device = process_device(arguments, state)
-        model, tokenizer = load_model(arguments.model, device, arguments.dtype, cache_dir=arguments.cache_dir)
+        model, tokenizer = loading.load_model(arguments.model, device, arguments.dtype, cache_dir=arguments.cache_dir)
     if model.device.type == "cpu":
         # transformers' grouped matrix products are many times slower there
         model.set_experts_implementation("eager")
@@ -159,11 +145,9 @@ def _load(arguments: argparse.Namespace, path: Path, state: PartialState) -> tup
 
 def _with_vllm(arguments: argparse.Namespace, path: Path) -> Collector:
     shape, num_layers = collection.declared_routers(path)
-    tokenizer, generate = load_tokenizer(path), arguments.generate
-    engine = collection.start_vllm(
-        path, arguments.dtype, arguments.prompt_tokens + generate + 1, arguments.tensor_parallel_size or 1,
-        arguments.seed,
-    )  # fmt: skip
+    tokenizer, generate = loading.load_tokenizer(path), arguments.generate
+    longest, gpus = arguments.prompt_tokens + generate + 1, arguments.tensor_parallel_size or 1
+    engine = collection.start_vllm(path, arguments.dtype, longest, gpus, arguments.seed)
 
     def run(prompts, hidden):
         return collection.collect_vllm(engine, prompts, generate, shape.layers, num_layers)
@@ -178,10 +162,8 @@ def _with_transformers(
     shape, room = router_shape(model), context_length(model) - arguments.generate
     wanted = arguments.prompt_tokens if "prompt_tokens" in arguments.given else 1
     if wanted > room:
-        raise UserError(
-            f"--prompt-tokens {wanted} and --generate {arguments.generate} together pass the model's context of "
-            f"{context_length(model)} tokens"
-        )
+        asked = f"--prompt-tokens {wanted} and --generate {arguments.generate}"
+        raise UserError(f"{asked} together pass the model's context of {context_length(model)} tokens")
     if shape.top_k is not None and arguments.top_k not in (None, shape.top_k):
         raise UserError(f"--top-k is {arguments.top_k}, but this model's routers choose {shape.top_k} experts")
     ends = model.generation_config.eos_token_id
@@ -234,10 +216,7 @@ def _collect_shard(arguments: argparse.Namespace, collector: Collector, shard: S
     if shard.hidden:
         states = np.concatenate([entry.router_inputs for entry in recorded[: shard.hidden]])
         store.write_hidden(shard.file, states)
-    rows = collection.to_journeys(
-        shard.dataset, shard.problems, recorded, collector.tokenizer, name, shape.layers, shape.num_experts,
-        padded=shape.top_k is None,
-    )  # fmt: skip
+    rows = collection.to_journeys(shard.dataset, shard.problems, recorded, collector.tokenizer, name, shape)
     found = {"layers_without_router": shape.layers_without_router, "expert_weights": shape.expert_weights,
              "layer_weights": shape.layer_weights}  # fmt: skip
     store.write_shard(shard.file, rows, shard.run | found)
@@ -247,9 +226,8 @@ def _collect_shard(arguments: argparse.Namespace, collector: Collector, shard: S
 def import_records(arguments: argparse.Namespace, folder: Path) -> None:
     """Fill the store from records; the report goes to stderr where something was left out."""
     source = arguments.import_from
-    read = records.import_token_files if source.is_dir() else records.import_rows
-    imported, report = read(
-        source, strict=arguments.strict, num_experts=arguments.num_experts, model=str(arguments.model)
+    imported, report = records.import_records(
+        source, None, arguments.strict, arguments.num_experts, str(arguments.model)
     )
     for line in report.lines():
         print(line, file=sys.stderr if report.problems else sys.stdout)
@@ -273,11 +251,5 @@ def summary_of(stored: store.Journeys, folder: Path) -> dict:
             "run": store.shard_run(store.shards_of(folder, name)[0]),
         }
     without = sorted({layer for entry in datasets.values() for layer in entry["run"].get("layers_without_router", [])})
-    return {
-        "model": stored.model,
-        "layers": stored.layers,
-        "layers_without_router": without,
-        "num_experts": stored.num_experts,
-        "top_k": stored.experts.shape[2],
-        "datasets": datasets,
-    }
+    return {"model": stored.model, "layers": stored.layers, "layers_without_router": without,
+            "num_experts": stored.num_experts, "top_k": stored.experts.shape[2], "datasets": datasets}  # fmt: skip

@@ -41,23 +41,14 @@ def collecting_cost(
     def collect(folder):
         with TopKExtractor(model) as extractor:
             recorded = collection.collect(model, extractor, prompts, batch_size=batch_problems)
-        journeys = collection.to_journeys(
-            "humaneval", problems, recorded, tokenizer, "benchmark", shape.layers, shape.num_experts,
-            padded=shape.top_k is None,
-        )  # fmt: skip
+        journeys = collection.to_journeys("humaneval", problems, recorded, tokenizer, "benchmark", shape)
         store.write_shard(Path(folder) / store.shard_name("humaneval", 0), journeys)
 
     with tempfile.TemporaryDirectory() as folder:
-        runs = {
-            "plain": lambda: clock(forwards, device),
-            "other": lambda: clock(lambda: collect(folder), device),
-        }
+        runs = {"plain": lambda: clock(forwards, device), "other": lambda: clock(lambda: collect(folder), device)}
         seconds = in_turns(runs, rounds)
-    return cost(**seconds) | {
-        "tokens": sum(map(len, prompts)),
-        "problems": len(problems),
-        "batch_size": batch_problems,
-    }
+    counts = {"tokens": sum(map(len, prompts)), "problems": len(problems), "batch_size": batch_problems}
+    return cost(**seconds) | counts
 
 
 def analysis_speed(count: int, seed: int, rounds: int, loops: bool = True) -> dict:
@@ -80,7 +71,10 @@ def analysis_speed(count: int, seed: int, rounds: int, loops: bool = True) -> di
     }
     if loops:
         looped: list[np.ndarray] = []
-        journeys = as_dicts(sample)
+        journeys = [
+            [{"layer": layer, "experts": pair} for layer, pair in enumerate(journey)]
+            for journey in sample.experts.tolist()
+        ]
         loop_seconds = clock(lambda: looped.extend(in_loops(journeys, num_layers, num_experts)))
         differences = [np.abs(a - b).max() for a, b in zip(arrays, looped, strict=True)]
         figures |= {"loop_seconds": loop_seconds, "speedup": loop_seconds / seconds}
@@ -134,15 +128,8 @@ def in_arrays(sample: Sample) -> list[np.ndarray]:
     ]
 
 
-def as_dicts(sample: Sample) -> list[list[dict]]:
-    """The journeys as `in_loops` takes them: each a list of one dict per layer."""
-    return [
-        [{"layer": layer, "experts": pair} for layer, pair in enumerate(journey)] for journey in sample.experts.tolist()
-    ]
-
-
 def in_loops(journeys: list[list[dict]], num_layers: int, num_experts: int) -> list[np.ndarray]:
-    """The same as `in_arrays` the plain way: all loops go over journeys and their dicts."""
+    """The same as `in_arrays` the plain way, from a list of one dict per layer for each journey."""
     usage = np.zeros((num_layers, num_experts))
     ids = np.zeros((len(journeys), num_layers))
     for row, journey in enumerate(journeys):

@@ -1,13 +1,7 @@
-"""The store of token journeys: Parquet shards, and the router inputs beside them.
+"""The store of token journeys: Parquet shards, one row per journey, and what the routers were given beside them.
 
-A journey is what the routers did with one token: at each of L layers the K experts and their gate probabilities. This
-file needs NumPy and pyarrow only; `collection.py` makes journeys from a model, `records.py` reads and writes JSONL.
-
-The store is a folder of Parquet shards, one row per journey. A shard is written to a temporary file, flushed and
-renamed: it is whole or not there. Columns: dataset, problem_id, token_idx, token_id, token, is_generated, experts
-(fixed-size list of L*K uint8 or int16), gating_probs (fixed-size list of L*K float16). The file's metadata hold model,
-layers, K, E and what the shard was made from. Beside the store, `hidden/` may hold what the routers were given for the
-first R journeys of a shard, `<shard>.npy` [R, L, D], and the routers, `routers.npz`; see `read_hidden`.
+A journey is what the routers did with one token: at each of L layers the K experts and their gate probabilities.
+Needs NumPy and pyarrow only; `collection.py` makes journeys from a model, `records.py` reads and writes JSONL.
 """
 
 import contextlib
@@ -15,7 +9,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,17 +67,12 @@ ROW_FIELDS = ("dataset", "problem_id", "token_idx", "token_id", "token", "is_gen
 def write_shard(path: str | os.PathLike, journeys: Journeys, run: dict | None = None) -> Path:
     """Write journeys as one Parquet file, whole or not at all; the same journeys give the same bytes.
 
-    run: what the shard was made from (JSON values), for `shard_run`. Raises OSError, with nothing left behind, where
-    the disk is full.
+    Columns are those of `Journeys`, experts and gating_probs as fixed-size lists of L*K values. run: what the shard was
+    made from (JSON values), for `shard_run`.
     """
     path, top_k = Path(path), journeys.experts.shape[2]
-    metadata = {
-        "model": journeys.model,
-        "layers": list(journeys.layers),
-        "num_experts": journeys.num_experts,
-        "top_k": top_k,
-        "run": run or {},
-    }
+    metadata = {"model": journeys.model, "layers": list(journeys.layers), "num_experts": journeys.num_experts,
+                "top_k": top_k, "run": run or {}}  # fmt: skip
     values = len(journeys.layers) * top_k
     columns = {
         "dataset": pa.array(journeys.dataset, pa.string()).dictionary_encode(),
@@ -100,14 +89,8 @@ def write_shard(path: str | os.PathLike, journeys: Journeys, run: dict | None = 
     schema = pa.schema(fields, metadata={_METADATA: json.dumps(metadata, sort_keys=True).encode()})
     table = pa.Table.from_arrays(list(columns.values()), schema=schema)
     with whole_file(path) as file:
-        pq.write_table(
-            table,
-            file,
-            compression="zstd",
-            use_dictionary=["dataset", "token"],
-            write_statistics=False,
-            row_group_size=ROWS_PER_GROUP,
-        )
+        options = {"compression": "zstd", "use_dictionary": ["dataset", "token"], "write_statistics": False}
+        pq.write_table(table, file, row_group_size=ROWS_PER_GROUP, **options)
     return path
 
 
@@ -166,9 +149,8 @@ def _shard_metadata(path: Path) -> dict:
         metadata = pq.read_schema(path, memory_map=True).metadata or {}
         return json.loads(metadata[_METADATA])
     except (pa.ArrowInvalid, KeyError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged, or no shard of a journey store; delete it and collect again", COLLECT
-        ) from error
+        advice = "delete it and collect again"
+        raise UserError(f"{path} is damaged, or no shard of a journey store; {advice}", COLLECT) from error
 
 
 def read_journeys(path: str | os.PathLike) -> Journeys:
@@ -193,11 +175,10 @@ def read_journeys(path: str | os.PathLike) -> Journeys:
         table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    num_layers, top_k = len(shape["layers"]), shape["top_k"]
     lists = {}
     for name in ("experts", "gating_probs"):
         flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=True)
-        lists[name] = flat.reshape(-1, num_layers, top_k)
+        lists[name] = flat.reshape(-1, len(shape["layers"]), shape["top_k"])
     return Journeys(
         dataset=_strings(table["dataset"], np.str_),
         problem_id=table["problem_id"].to_numpy(),
@@ -252,7 +233,7 @@ def routers_file(store: str | os.PathLike) -> Path:
 def write_hidden(shard: str | os.PathLike, states: np.ndarray) -> Path:
     """Write router inputs [R, L, D] of a shard's first R journeys, whole or not at all; done before `write_shard`.
 
-    Raises UserError where some are not finite (beyond the range of float16), and OSError where the disk is full.
+    Raises UserError where some are not finite (beyond the range of float16).
     """
     if not np.isfinite(states).all():
         raise UserError(
@@ -284,11 +265,8 @@ def read_hidden(folder: str | os.PathLike) -> Hidden | None:
     for shard, _, count in wanted:
         part = _load(hidden_file(shard))
         if part.shape != (count, num_layers, width):
-            raise UserError(
-                f"{hidden_file(shard)} has shape {part.shape}, but {shard.name} needs {(count, num_layers, width)}; "
-                "delete it and collect again",
-                COLLECT,
-            )
+            needed = f"{shard.name} needs {(count, num_layers, width)}; delete it and collect again"
+            raise UserError(f"{hidden_file(shard)} has shape {part.shape}, but {needed}", COLLECT)
         states.append(part)
     rows = np.concatenate([np.arange(first, first + count) for _, first, count in wanted])
     return Hidden(rows, states, routers["weight"], str(routers["activation"]))
@@ -312,11 +290,6 @@ def _strings(column: pa.ChunkedArray, dtype: type) -> np.ndarray:
     column = column.combine_chunks()
     values = np.array(column.dictionary.to_pylist(), dtype=dtype)
     return values[column.indices.to_numpy()]
-
-
-def concatenate(parts: Sequence[Journeys]) -> Journeys:
-    """Journeys of the same model one after the other."""
-    return replace(parts[0], **{name: np.concatenate([getattr(part, name) for part in parts]) for name in ROW_FIELDS})
 
 
 def expert_dtype(num_experts: int, padded: bool) -> type:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 from tqdm.auto import tqdm
 
 from src.journeys import measures
 from src.journeys.sample import Sample
 
-# First token positions of the buckets in `positions.csv`; the last one is open.
-POSITION_BUCKETS = (0, 1, 4, 16, 64, 256)
+# First token positions of the buckets in `positions.csv`, and what those are called; the last one is open.
+POSITION_BUCKETS = {0: "0", 1: "1-3", 4: "4-15", 16: "16-63", 64: "64-255", 256: "256+"}
 # Bins of equal width from 0 to 1 in `gate_histogram.csv`.
 HISTOGRAM_BINS = 100
 # Journeys of each domain that `example_journeys.npz` keeps, for drawing single ones.
@@ -52,7 +53,7 @@ class Settings:
 
 
 # -- everything
-def analyze(sample: Sample, settings: Settings, progress: bool = False) -> dict[str, dict]:
+def analyze(sample: Sample, settings: Settings) -> dict[str, dict]:
     """Every analysis: file name -> content. `.csv`: column -> values; `.json`: the object; `.npz`: name -> array.
 
     Layers are named by the model's layer ids; shares called percent run from 0 to 100, with every digit.
@@ -63,14 +64,13 @@ def analyze(sample: Sample, settings: Settings, progress: bool = False) -> dict[
     problems = measures.group_counts(columns, num_experts, sample.clusters, int(sample.clusters.max()) + 1)
     domain_of_problem = np.zeros(len(problems), dtype=np.int64)
     domain_of_problem[sample.clusters] = sample.domains
-    counts = measures.transition_counts(columns, num_experts, "transitions" if progress else None)
+    counts = measures.transition_counts(columns, num_experts)
     unique = measures.unique_experts(columns, num_experts)
     confidence, histogram, pooled = _gate_tables(sample, settings)
     related = measures.affinity(counts)
     labels = np.random.default_rng(settings.seed).permuted(np.tile(np.arange(num_experts), (len(layers), 1)), axis=1)
     correlation = measures.id_correlation(counts)
-    hops, hop_shares = _hop_table(sample, settings, columns, counts, domain_of_problem, progress)
-    paths, top_paths, path_ids = _path_tables(sample, settings, columns, progress)
+    paths, top_paths, path_ids = _path_tables(sample, settings, columns)
     domains = _domain_tables(sample, settings, problems, domain_of_problem, unique)
     files = {
         "expert_distribution.csv": _distribution_table(layers, by_rank),
@@ -80,7 +80,7 @@ def analyze(sample: Sample, settings: Settings, progress: bool = False) -> dict[
         "transitions.npz": {"layers": layers, "counts": counts, "adjacent_probabilities": _adjacent(counts)},
         "strong_transitions.csv": _strong_transitions(layers, counts, settings.strong_percent),
         "affinity.npz": {"layers": layers} | related,
-        "hop_accuracy.csv": hops,
+        "hop_accuracy.csv": _hop_table(sample, settings, columns, counts, domain_of_problem),
         "paths.csv": paths,
         "top_paths.csv": top_paths,
         "correlation.npz": {
@@ -93,7 +93,7 @@ def analyze(sample: Sample, settings: Settings, progress: bool = False) -> dict[
     files |= domains | _token_tables(sample, settings, columns, path_ids) | _position_tables(sample, columns, unique)
     files["consecutive_tokens.csv"] = _consecutive_table(sample, by_rank)
     files["example_journeys.npz"] = _examples(sample)
-    findings = _findings(sample, settings, by_rank, counts, related["reference"], correlation, hop_shares)
+    findings = _findings(sample, settings, by_rank, counts, related["reference"], correlation)
     findings["gates"] = pooled
     findings["paths"] = {"unique": paths["unique_paths"][0], "uniqueness_ratio": paths["uniqueness_ratio"][0]}
     findings["unique_experts_per_token"] = float(unique.mean())
@@ -165,14 +165,10 @@ def _gate_tables(sample: Sample, settings: Settings) -> tuple[dict, dict, list[d
         "count": binned.ravel(),
     }
     pooled = [
-        {
-            "rank": rank + 1,
-            "mean": statistics["mean"][0, rank],
-            "std": statistics["std"][0, rank],
-            "percent_above": 100 * statistics["share_above"][0, rank],
-            "threshold": settings.high_confidence,
-        }
-        for rank in range(slots)
+        {"rank": rank, "mean": mean, "std": std, "percent_above": 100 * above, "threshold": settings.high_confidence}
+        for rank, mean, std, above in zip(
+            ranks, *(statistics[name][0] for name in ("mean", "std", "share_above")), strict=True
+        )
     ]
     return confidence, histogram, pooled
 
@@ -192,28 +188,20 @@ def _strong_transitions(layers: np.ndarray, counts: np.ndarray, threshold: float
 
 
 def _hop_table(
-    sample: Sample,
-    settings: Settings,
-    columns: np.ndarray,
-    counts: np.ndarray,
-    domain_of_problem: np.ndarray,
-    progress: bool,
-) -> tuple[dict, np.ndarray]:
-    """(hop_accuracy, in-sample accuracy [L-1])."""
+    sample: Sample, settings: Settings, columns: np.ndarray, counts: np.ndarray, domain_of_problem: np.ndarray
+) -> dict:
     accuracy, majority = measures.hop_accuracy(counts)
     hops = np.arange(1, len(columns))
     absent = np.full(len(hops), np.nan)
     held_out, held_out_majority, low, high = absent, absent, absent, absent
     if len(domain_of_problem) > 1 and len(hops):
         folds = measures.problem_folds(domain_of_problem, settings.folds, settings.seed)
-        right, by_majority, tried = measures.held_out_hits(
-            columns, sample.num_experts, sample.clusters, folds, "held-out hops" if progress else None
-        )
+        right, by_majority, tried = measures.held_out_hits(columns, sample.num_experts, sample.clusters, folds)
         with np.errstate(invalid="ignore"):
             held_out = right.sum(axis=0) / tried.sum(axis=0)
             held_out_majority = by_majority.sum(axis=0) / tried.sum(axis=0)
         low, high = measures.ratio_intervals(right, tried, settings.resamples, settings.seed, settings.level)
-    table = {
+    return {
         "hop": hops,
         "layer_pairs": len(columns) - hops,
         "accuracy": _percent(accuracy),
@@ -224,46 +212,33 @@ def _hop_table(
         "held_out_majority": _percent(held_out_majority),
         "random": _percent(np.full(len(hops), 1 / sample.num_experts)),
     }
-    return table, accuracy
 
 
-def _path_tables(
-    sample: Sample, settings: Settings, columns: np.ndarray, progress: bool
-) -> tuple[dict, dict, np.ndarray]:
+def _path_tables(sample: Sample, settings: Settings, columns: np.ndarray) -> tuple[dict, dict, np.ndarray]:
     """(paths, top_paths, number of each journey's whole path [N])."""
     num_layers, num_rows = columns.shape
-    summary: list[tuple] = []
-    listed: list[tuple] = []
-    codes, bound = measures.path_codes(columns, sample.num_experts)
-    distinct, ids = np.unique(codes, return_inverse=True)
-    whole, most = measures.common_paths(ids, len(distinct), settings.top)
-    summary.append((num_layers, sample.layers[0], num_rows, whole, whole / num_rows, most[0][0]))
-    for rank, (count, row) in enumerate(most):
-        tokens = _tokens_of(sample, np.flatnonzero(ids == ids[row]))
-        listed.append((num_layers, rank + 1, sample.layers[0], _path_text(columns[:, row], sample), count, tokens))
-    lengths = [length for length in settings.path_lengths if length < num_layers]
+    lengths = [num_layers, *(length for length in settings.path_lengths if length < num_layers)]
     windows = [(length, start) for length in lengths for start in range(num_layers - length + 1)]
-    found: dict[int, list] = {length: [] for length in lengths}
-    for length, start in tqdm(windows, desc="paths", disable=not progress):
-        window = columns[start : start + length]
-        distinct_here, top = measures.common_paths(*measures.path_codes(window, sample.num_experts), settings.top)
-        summary.append((length, sample.layers[start], num_rows, distinct_here, distinct_here / num_rows, top[0][0]))
-        found[length] += [(-count, start, row) for count, row in top]
-    for length in lengths:
-        for rank, (count, start, row) in enumerate(sorted(found[length])[: settings.top]):
+    summary, found = [], {length: [] for length in lengths}
+    for length, start in tqdm(windows, desc="paths", delay=3):
+        codes = measures.path_codes(columns[start : start + length], sample.num_experts)
+        distinct, most, ids = measures.common_paths(codes, settings.top)
+        summary.append((length, sample.layers[start], num_rows, distinct, distinct / num_rows, most[0][0]))
+        found[length] += [(-count, start, row) for count, row in most]
+        if length == num_layers:
+            whole = ids
+    listed = []
+    for length, places in found.items():
+        for rank, (count, start, row) in enumerate(sorted(places)[: settings.top]):
             path = _path_text(columns[start : start + length, row], sample)
-            listed.append((length, rank + 1, sample.layers[start], path, -count, ""))
-    paths = dict(
-        zip(
-            ("length", "start_layer", "tokens", "unique_paths", "uniqueness_ratio", "most_common"),
-            map(list, zip(*summary, strict=True)),
-            strict=True,
-        )
-    )
-    names = ("length", "rank", "start_layer", "path", "count", "token_texts")
-    top_paths = dict(zip(names, map(list, zip(*listed, strict=True)), strict=True))
+            tokens = _tokens_of(sample, np.flatnonzero(whole == whole[row])) if length == num_layers else ""
+            listed.append((length, rank + 1, sample.layers[start], path, -count, tokens))
+    names = "length start_layer tokens unique_paths uniqueness_ratio most_common"
+    paths = pd.DataFrame(summary, columns=names.split()).to_dict("list")
+    names = "length rank start_layer path count token_texts"
+    top_paths = pd.DataFrame(listed, columns=names.split()).to_dict("list")
     top_paths["percent"] = _percent(np.array(top_paths["count"]) / num_rows)
-    return paths, top_paths, ids
+    return paths, top_paths, whole
 
 
 def _path_text(path: np.ndarray, sample: Sample) -> str:
@@ -295,33 +270,27 @@ def _domain_tables(
         "count": counts.ravel(),
         "percent": _percent(shares),
     }
-    difference: dict[str, list] = {
-        name: [] for name in "domain_a domain_b layer expert percent_a percent_b difference prefers".split()
-    }
-    distance: dict[str, list] = {
-        name: [] for name in "domain_a domain_b layer js_distance p_value p_any_layer problems_a problems_b".split()
-    }
+    differences, distances = [], []
     for a, b in combinations(range(len(names)), 2):
+        pair = {"domain_a": names[a], "domain_b": names[b]}
         # percentages before their difference, as in the reference: both then fall on the same side of a threshold
         gap = (100 * shares[a] - 100 * shares[b]).ravel()
-        difference["domain_a"] += [names[a]] * cells
-        difference["domain_b"] += [names[b]] * cells
-        difference["layer"] += np.repeat(layers, size).tolist()
-        difference["expert"] += np.tile(np.arange(size), len(layers)).tolist()
-        difference["percent_a"] += _percent(shares[a])
-        difference["percent_b"] += _percent(shares[b])
-        difference["difference"] += _exact(gap)
-        difference["prefers"] += [_preferred(value, settings.domain_percent, names[a], names[b]) for value in gap]
+        preferred = np.where(gap > settings.domain_percent, names[a], "")
+        difference = {
+            "layer": np.repeat(layers, size),
+            "expert": np.tile(np.arange(size), len(layers)),
+            "percent_a": _percent(shares[a]),
+            "percent_b": _percent(shares[b]),
+            "difference": _exact(gap),
+            "prefers": np.where(gap < -settings.domain_percent, names[b], preferred),
+        }
+        differences.append(pd.DataFrame(pair | difference))
         both = np.isin(domain_of_problem, (a, b))
         member = domain_of_problem[both] == a
         measured = measures.domain_distance(problems[both], member, settings.permutations, settings.seed)
-        distance["domain_a"] += [names[a]] * len(layers)
-        distance["domain_b"] += [names[b]] * len(layers)
-        distance["layer"] += layers.tolist()
-        for name, values in zip(("js_distance", "p_value", "p_any_layer"), measured, strict=True):
-            distance[name] += values.tolist()
-        distance["problems_a"] += [int(member.sum())] * len(layers)
-        distance["problems_b"] += [int((~member).sum())] * len(layers)
+        distance = {"layer": layers} | dict(zip(("js_distance", "p_value", "p_any_layer"), measured, strict=True))
+        counted = {"problems_a": int(member.sum()), "problems_b": int((~member).sum())}
+        distances.append(pd.DataFrame(pair | distance | counted))
     sums, above, decisions = (
         part.sum(axis=1)
         for part in measures.group_gates(
@@ -340,77 +309,67 @@ def _domain_tables(
         }
     return {
         "domain_distribution.csv": distribution,
-        "domain_difference.csv": difference,
-        "domain_distance.csv": distance,
+        "domain_difference.csv": _joined(
+            differences, "domain_a domain_b layer expert percent_a percent_b difference prefers"
+        ),
+        "domain_distance.csv": _joined(
+            distances, "domain_a domain_b layer js_distance p_value p_any_layer problems_a problems_b"
+        ),
         "domain_summary.csv": summary,
     }
 
 
-def _preferred(difference: float, threshold: float, first: str, second: str) -> str:
-    return first if difference > threshold else second if difference < -threshold else ""
+def _joined(parts: list[pd.DataFrame], names: str) -> dict[str, list]:
+    """The columns `names` of tables one after the other, empty where there is no table."""
+    return {name: [value for part in parts for value in part[name]] for name in names.split()}
 
 
 def _token_tables(sample: Sample, settings: Settings, columns: np.ndarray, path_ids: np.ndarray) -> dict[str, dict]:
     """token_identity (by layer) and token_routing (by token); without rows where tokens are unknown."""
-    identity: dict = {"layer": [], "same_token": [], "any_tokens": []}
     names = ("token_id", "token", "count", "agreement", "paths", "common_path_percent", "nearest", "nearest_agreement")
-    routing: dict = {name: [] for name in names}
-    files = {"token_identity.csv": identity, "token_routing.csv": routing}
     known = sample.tokens >= 0
     if not known.any():
-        return files
-    everything = bool(known.all())
-    tokens = sample.tokens if everything else sample.tokens[known]
+        identity = {name: [] for name in ("layer", "same_token", "any_tokens")}
+        return {"token_identity.csv": identity, "token_routing.csv": {name: [] for name in names}}
+    tokens = sample.tokens[known]
     occurrences = np.bincount(tokens, minlength=len(sample.token_names))
     listed = np.argsort(-occurrences, kind="stable")[: min(settings.top_tokens, np.count_nonzero(occurrences))]
     same, anything, by_token, profiles = measures.token_agreement(
-        columns if everything else columns[:, known], sample.num_experts, tokens, len(occurrences), listed
+        columns[:, known], sample.num_experts, tokens, len(occurrences), listed
     )
-    identity |= {"layer": list(sample.layers), "same_token": same, "any_tokens": anything}
-    # occurrences of (token, path), sorted by token
-    num_paths = int(path_ids.max()) + 1
-    pairs, together = np.unique(tokens.astype(np.int64) * num_paths + path_ids[known], return_counts=True)
-    starts = np.flatnonzero(np.concatenate(([True], np.diff(pairs // num_paths) > 0)))
-    present = pairs[starts] // num_paths
-    distinct, commonest = np.zeros(len(occurrences), int), np.zeros(len(occurrences), int)
-    distinct[present] = np.diff(np.append(starts, len(pairs)))
-    commonest[present] = np.maximum.reduceat(together, starts)
+    identity = {"layer": list(sample.layers), "same_token": same, "any_tokens": anything}
+    # journeys of each (token, path): the number of a token's paths, and the most common one
+    together = pd.DataFrame({"token": tokens, "path": path_ids[known]}).value_counts().groupby("token")
+    distinct, commonest = together.size()[listed].to_numpy(), together.max()[listed].to_numpy()
     # agreement of an occurrence of one token with an occurrence of another, mean over layers
     flat = profiles.reshape(len(listed), -1)
     agreement = flat @ flat.T / len(columns)
     np.fill_diagonal(agreement, -1)
     nearest = agreement.argmax(axis=1)
     alone = len(listed) == 1
-    routing |= {
-        "token_id": sample.token_ids[listed],
-        "token": [sample.token_names[i] for i in listed],
-        "count": occurrences[listed],
-        "agreement": by_token[listed],
-        "paths": distinct[listed],
-        "common_path_percent": _percent(commonest[listed] / occurrences[listed]),
-        "nearest": [""] if alone else [sample.token_names[i] for i in listed[nearest]],
-        "nearest_agreement": [np.nan] if alone else agreement.max(axis=1),
-    }
-    return {"token_identity.csv": identity, "token_routing.csv": routing}
+    routing = (
+        sample.token_ids[listed],
+        [sample.token_names[i] for i in listed],
+        occurrences[listed],
+        by_token[listed],
+        distinct,
+        _percent(commonest / occurrences[listed]),
+        [""] if alone else [sample.token_names[i] for i in listed[nearest]],
+        [np.nan] if alone else agreement.max(axis=1),
+    )
+    return {"token_identity.csv": identity, "token_routing.csv": dict(zip(names, routing, strict=True))}
 
 
 def _position_tables(sample: Sample, columns: np.ndarray, unique: np.ndarray) -> dict[str, dict]:
     """positions (by bucket of POSITION_BUCKETS) and positions_by_layer: each bucket against all other positions."""
-    buckets = np.searchsorted(POSITION_BUCKETS, sample.token_idx, side="right") - 1
+    buckets = np.searchsorted(list(POSITION_BUCKETS), sample.token_idx, side="right") - 1
     size = len(POSITION_BUCKETS)
     counts = measures.group_counts(columns, sample.num_experts, buckets, size)
     distance = measures.js_distance(counts, counts.sum(axis=0) - counts)
     sums, _, decisions = measures.group_gates(sample.experts, sample.gating_probs, buckets, size, 1.0)
     tokens = np.bincount(buckets, minlength=size)
     kept = np.flatnonzero(tokens)
-    stops = [*(first - 1 for first in POSITION_BUCKETS[1:]), None]
-    names = np.array(
-        [
-            f"{first}+" if stop is None else str(first) if stop == first else f"{first}-{stop}"
-            for first, stop in zip(POSITION_BUCKETS, stops, strict=True)
-        ],
-        dtype=object,
-    )
+    names = np.array(list(POSITION_BUCKETS.values()), dtype=object)
     num_layers = len(columns)
     with np.errstate(invalid="ignore", divide="ignore"):
         positions = {
@@ -469,7 +428,6 @@ def _findings(
     counts: np.ndarray,
     reference: np.ndarray,
     correlation: np.ndarray,
-    accuracy: np.ndarray,
 ) -> dict:
     """The small findings that the reference prints, with its rules (strict comparisons, first of equals)."""
     layers, num_layers = sample.layers, len(sample.layers)
@@ -483,7 +441,7 @@ def _findings(
     adjacent = reference[index[:-1], index[1:]]  # forwards only
     near = float(adjacent.mean()) if num_layers > 1 else None
     far = float(reference[apart > 1].mean()) if num_layers > 2 else None
-    percent = 100 * accuracy
+    percent = 100 * measures.hop_accuracy(counts)[0]
     low = np.flatnonzero(percent < settings.low_accuracy_percent)
     result = {
         "tokens": len(sample.experts),

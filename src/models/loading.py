@@ -281,18 +281,23 @@ def _damage(file: Path) -> str | None:
     return "not a GGUF file" if file.suffix == ".gguf" and head[:4] != b"GGUF" else None
 
 
+def weights_sha256(name_or_path: str | Path, cache_dir: str | Path | None = None) -> str:
+    """sha256 over names and bytes of a model's weight files, without loading them."""
+    digest = hashlib.sha256()
+    for file in weight_files(resolve_model_path(name_or_path, cache_dir)):
+        digest.update(file.name.encode())
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
 def model_identity(model: nn.Module, path: str | Path, cache_dir: str | Path | None = None) -> dict:
     """Which model this is; `path` is what was given to `load_model`.
 
     `name` is as the user gave it, `sha256` over names and bytes of the weight files.
     """
-    digest = hashlib.sha256()
-    for file in weight_files(resolve_model_path(path, cache_dir)):
-        digest.update(file.name.encode())
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
     return {
-        "name": str(path), "sha256": digest.hexdigest(), "model_type": model_type_of(model),
+        "name": str(path), "sha256": weights_sha256(path, cache_dir), "model_type": model_type_of(model),
         "num_layers": len(decoder_layers(model)), "parameters": parameter_counts(model)["total"],
         "dtype": dtype_name(model.dtype),
     }  # fmt: skip

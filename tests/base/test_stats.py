@@ -100,21 +100,18 @@ def test_equivalence(shift, expected):
     a, tokens = documents(60)
     noise = np.random.default_rng(6).normal(0, 0.05, 60)
     noise -= (noise * tokens).sum() / tokens.sum()
-    result = stats.equivalence_test(a + tokens * (noise + shift), a, tokens, margin=0.05)
-    assert result.equivalent is expected
-    assert (result.p < 0.05) is expected
-    assert result.interval.estimate == pytest.approx(shift, abs=1e-9)
-    ninety = stats.paired_difference(a + tokens * (noise + shift), a, tokens, level=0.9)
-    assert result.interval == ninety
+    p, equivalent = stats.Bootstrap().equivalence(a + tokens * (noise + shift), a, tokens, margin=0.05)
+    ninety = stats.Bootstrap(level=0.9).difference(a + tokens * (noise + shift), a, tokens)
+    assert ninety.estimate == pytest.approx(shift, abs=1e-9)
+    assert equivalent is (p < 0.05) is (-0.05 < ninety.low and ninety.high < 0.05) is expected
 
 
 def test_equivalence_p_value_is_the_normal_one_on_a_large_sample():
     values = np.random.default_rng(8).normal(0, 1.0, 2_000)
     values -= values.mean()
     margin = 1.5 * values.std() / np.sqrt(2_000)
-    result = stats.equivalence_test(values, np.zeros(2_000), np.ones(2_000), margin=margin, resamples=8_000)
-    assert result.p == pytest.approx(scipy_stats.norm.sf(1.5), abs=0.012)
-    assert not result.equivalent
+    p, equivalent = stats.Bootstrap(resamples=8_000).equivalence(values, np.zeros(2_000), np.ones(2_000), margin)
+    assert p == pytest.approx(scipy_stats.norm.sf(1.5), abs=0.012) and not equivalent
 
 
 def test_rank_correlation_equals_scipy_on_every_resample():
@@ -314,29 +311,13 @@ NONE = np.empty((0, 4))
         (lambda: stats.cluster_bootstrap(ONES, np.zeros(4)), "0 of 4 documents"),
         (lambda: stats.cluster_bootstrap(ONES, [0, 0, 3, 0]), "1 of 4 documents"),
         (lambda: stats.cluster_bootstrap(ONES, [1, 1, -3, 1]), "denominator -3"),
-        (lambda: stats.cluster_bootstrap([], []), "at least one"),
-        (lambda: stats.cluster_bootstrap(ONES, np.ones(3)), r"denominator has shape \(3,\), numerator has \(4,\)"),
         (lambda: stats.cluster_bootstrap([1, np.nan, 1, 1], ONES), "numerator is nan at position 1"),
-        (lambda: stats.cluster_bootstrap(ONES, ONES, resamples=0), "resamples is 0"),
-        (lambda: stats.cluster_bootstrap(ONES, ONES, level=95), "level is 95"),
-        (lambda: stats.paired_difference(ONES, np.ones(5), ONES), r"sum_b has shape \(5,\)"),
+        (lambda: stats.paired_difference(np.ones(5), np.ones(5), ONES), r"count has \(4,\)"),
         (lambda: stats.paired_difference([1.0], [1.0], [1.0]), "1 of 1 documents"),
-        (lambda: stats.cluster_bootstrap(ONES, ONES, method="bca"), "method is 'bca'; choose"),
-        (lambda: stats.paired_p_value(ONES, ONES, ONES, resamples=0), "resamples is 0"),
-        (lambda: stats.holm_correction([]), "at least one"),
-        (lambda: stats.holm_correction([0.1, 1.5]), "1.5 at position 1"),
-        (lambda: stats.holm_correction([np.nan, 0.5]), "nan at position 0"),
         (lambda: stats.minimum_detectable_effect(ONES, ONES, [0, 0, 3, 0]), "1 of 4 documents"),
-        (lambda: stats.minimum_detectable_effect(ONES, ONES, ONES, power=0.01), "power is 0.01"),
-        (lambda: stats.equivalence_test(ONES, ONES, ONES, margin=0), "margin is 0"),
-        (lambda: stats.equivalence_test(ONES, ONES, ONES, margin=1, significance=0.5), "significance is 0.5"),
         (lambda: stats.rank_correlation(np.arange(4), np.arange(4), list("aaaa")), "1 cluster"),
         (lambda: stats.rank_correlation(np.arange(4), ONES, list("aabb")), "y is constant"),
         (lambda: stats.rank_correlation(np.arange(4), np.arange(4), list("ab")), "clusters has shape"),
-        (
-            lambda: stats.partial_rank_correlation(np.arange(4), np.arange(4), ONES, list("aabb")),
-            r"covariates has shape",
-        ),
         (lambda: stats.partial_rank_correlation(np.arange(4), ONES, NONE, list("aabb")), "y is constant"),
         (
             lambda: stats.partial_rank_correlation([1, 3, 2, 4], [2, 3, 5, 8], [[1, 3, 2, 4]], list("aabb")),
@@ -348,16 +329,10 @@ NONE = np.empty((0, 4))
         ),
         (lambda: stats.partial_rank_correlation(np.arange(4), np.arange(4), NONE, list("aaaa")), "1 cluster"),
         (lambda: stats.partial_rank_correlation(np.arange(4), np.arange(4), NONE, [1, 2]), "clusters has shape"),
-        (lambda: stats.partial_rank_correlation(np.arange(4), np.arange(4), NONE, [1, 1, 2, 2], 0), "resamples is 0"),
         (lambda: stats.block_permutation_p(np.arange(4), ONES, NONE, [1, 1, 2, 2], [0, 1, 0, 1]), "y is constant"),
-        (lambda: stats.block_permutation_p(np.arange(4), np.arange(4), NONE, [1, 1, 2, 2], [0, 1]), "positions has sh"),
         (
             lambda: stats.block_permutation_p(np.arange(4), np.arange(4), NONE, [1, 1, 2, 2], [0, 0, 0, 1]),
             "same position",
-        ),
-        (
-            lambda: stats.block_permutation_p(np.arange(4), np.arange(4), NONE, [1, 1, 2, 2], [0, 1, 0, 1], 0),
-            "block is 0",
         ),
         (lambda: stats.rank_correlation([np.inf, 1, 2, 3], ONES, list("aabb")), "x is inf at position 0"),
     ],
@@ -401,42 +376,39 @@ def test_studentised_interval_of_a_small_normal_sample_is_students():
         values = rng.normal(size=10)
         student = scipy_stats.t.interval(0.95, 9, values.mean(), values.std(ddof=1) / np.sqrt(10))
         for method, ratios in width.items():
-            ours = stats.cluster_bootstrap(values, np.ones(10), 2_000, seed, method=method)
+            ours = stats.paired_difference(values, np.zeros(10), np.ones(10), 2_000, seed, method=method)
             ratios.append((ours.high - ours.low) / (student[1] - student[0]))
     assert np.median(width["studentised"]) == pytest.approx(1, abs=0.15)
     assert np.median(width["percentile"]) == pytest.approx(1.96 * 0.9**0.5 / 2.262, abs=0.04)
 
 
 def test_studentised_interval_says_when_documents_hold_no_variance():
-    interval = stats.cluster_bootstrap([1, 0], [1, 1], resamples=200, method="studentised")
+    interval = stats.paired_difference([1, 0], [0, 0], [1, 1], resamples=200, method="studentised")
     assert (interval.low, interval.estimate, interval.high) == (-np.inf, 0.5, np.inf)
     same = stats.paired_difference(ONES, ONES, ONES, resamples=50, method="studentised")
     assert (same.low, same.estimate, same.high) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("method", ["percentile", "studentised"])
-def test_p_value_is_one_minus_the_level_at_which_the_interval_reaches_zero(method):
+def test_p_value_is_one_minus_the_level_at_which_the_interval_reaches_zero():
     a, tokens = documents(30)
     b = a - tokens * np.random.default_rng(13).normal(0.02, 0.06, 30)
-    p = stats.paired_p_value(a, b, tokens, resamples=4_000, seed=2, method=method)
+    p = stats.Bootstrap(4_000, 2).p_value(a, b, tokens)
     assert 0.01 < p < 0.5
     step = 4 / 4_000  # two resamples in each tail
-    narrow, wide = (
-        stats.paired_difference(a, b, tokens, 4_000, 2, level, method) for level in (1 - p - step, 1 - p + step)
-    )
+    narrow, wide = (stats.Bootstrap(4_000, 2, level).difference(a, b, tokens) for level in (1 - p - step, 1 - p + step))
     assert narrow.low > 0 > wide.low
-    assert stats.paired_p_value(b, a, tokens, 4_000, 2, method) == pytest.approx(p, abs=1e-12)
-    test = stats.equivalence_test(a, b, tokens, margin=0.1, resamples=4_000, seed=2, method=method)
-    assert test.interval == stats.paired_difference(a, b, tokens, 4_000, 2, 0.9, method)
+    assert stats.Bootstrap(4_000, 2).p_value(b, a, tokens) == pytest.approx(p, abs=1e-12)
+    same = stats.paired_difference(a, b, tokens, 4_000, 2, 0.9, "studentised")
+    assert stats.Bootstrap(4_000, 2, 0.9).difference(a, b, tokens) == same
 
 
 def test_p_value_at_its_ends():
     a, tokens = documents(30)
-    assert stats.paired_p_value(a + tokens, a, tokens, resamples=99) == pytest.approx(2 / 100)
-    assert stats.paired_p_value(a, a, tokens, resamples=99) == 1
+    assert stats.Bootstrap(99).p_value(a + tokens, a, tokens) == pytest.approx(2 / 100)
+    assert stats.Bootstrap(99).p_value(a, a, tokens) == 1
     values = np.random.default_rng(14).normal(0, 1, 2_000)
     values += 2.2 / np.sqrt(2_000) * values.std() - values.mean()
-    p = stats.paired_p_value(values, np.zeros(2_000), np.ones(2_000), resamples=4_000)
+    p = stats.Bootstrap(4_000).p_value(values, np.zeros(2_000), np.ones(2_000))
     assert p == pytest.approx(2 * scipy_stats.norm.sf(2.2), abs=0.01)
 
 
@@ -460,8 +432,6 @@ def test_minimum_detectable_effect_has_the_power_of_the_t_test():
     assert power == pytest.approx(0.8, abs=0.003)
     with_empty = stats.minimum_detectable_effect(np.append(difference, 0), np.zeros(65), np.append(np.ones(64), 0))
     assert with_empty == pytest.approx(effect, rel=1e-12)
-    stricter = stats.minimum_detectable_effect(difference, np.zeros(64), np.ones(64), power=0.9, significance=0.01)
-    assert stricter / effect == pytest.approx((2.576 + 1.282) / (1.960 + 0.842), rel=0.03)
 
 
 # -- does the bootstrap hold its level? 64 documents of the study have 79 to 768 tokens: a tenth of that here.
@@ -568,7 +538,7 @@ def test_without_variance_between_documents_sets_give_a_t_interval():
     assert interval.high - 0.4 == pytest.approx(reach, rel=0.03) and 0.4 - interval.low == pytest.approx(
         reach, rel=0.03
     )
-    p = stats.paired_p_value(sums, np.zeros(40), count, 40_000, method="studentised")
+    p = stats.Bootstrap(40_000).p_value(sums, np.zeros(40), count)
     assert p == pytest.approx(2 * scipy_stats.t.sf(0.4 / error, 2), rel=0.05)
     effect = stats.minimum_detectable_effect(sums, np.zeros(40), count)
     assert effect == pytest.approx((scipy_stats.t.ppf(0.975, 2) + scipy_stats.t.ppf(0.8, 2)) * error, rel=1e-3)
@@ -592,7 +562,7 @@ def test_sets_keep_the_level(spread):
 
 
 def test_sets_must_fit():
-    with pytest.raises(ValueError, match=r"sum_b has shape \(2, 3\)"):
-        stats.paired_difference(np.zeros((3, 3)), np.zeros((2, 3)), np.ones(3))
+    with pytest.raises(ValueError, match=r"the sums have shape \(3, 2\), count has \(3,\)"):
+        stats.paired_difference(np.zeros((3, 2)), np.zeros((3, 2)), np.ones(3))
     with pytest.raises(ValueError, match="not finite"):
         stats.paired_difference(np.array([[1.0, np.nan]]), np.zeros(2), np.ones(2))

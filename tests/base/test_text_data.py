@@ -275,10 +275,6 @@ def test_wrong_arguments_are_named(tmp_path):
         text_data.load_documents("wikitxt", "evaluation")
     with pytest.raises(ValueError, match="holds no .txt file"):
         text_data.load_documents(str(tmp_path), "evaluation")
-    with pytest.raises(ValueError, match="split is 'test'; the splits are train"):
-        text_data.load_documents("mixed", "test")
-    with pytest.raises(ValueError, match="limit is 0"):
-        text_data.load_documents("code", "train", limit=0)
 
 
 def test_wikitext_articles_split_at_titles(monkeypatch):
@@ -340,8 +336,6 @@ def test_tokenize_prefix_and_errors(tokenizer):
     assert text_data.tokenize([document], only_eos)[0].ids[0] == only_eos.eos_token_id
     with pytest.raises(ValueError, match="neither a BOS nor an EOS"):
         text_data.tokenize([document], PreTrainedTokenizerFast(tokenizer_object=backend))
-    with pytest.raises(ValueError, match="max_tokens is 0"):
-        text_data.tokenize([document], tokenizer, max_tokens=0)
     with pytest.raises(ValueError, match="document void holds no token"):
         text_data.tokenize([Document("void", "x", "")], tokenizer)
 
@@ -370,9 +364,9 @@ def test_every_token_is_scored_once_with_the_most_context():
     assert text_data.score_windows(6, 3, 3) == [Window(0, 4, 1), Window(2, 6, 4)]
 
 
-@pytest.mark.parametrize(("length", "max_seq_len", "stride"), [(5, 4, 0), (5, 4, 5), (0, 4, 4), (5, 0, 0)])
+@pytest.mark.parametrize(("length", "max_seq_len", "stride"), [(5, 4, 0), (5, 4, 5), (5, 0, 0)])
 def test_score_windows_refuses(length, max_seq_len, stride):
-    with pytest.raises(ValueError, match="stride is|length is"):
+    with pytest.raises(ValueError, match="stride is"):
         text_data.score_windows(length, max_seq_len, stride)
 
 
@@ -420,9 +414,5 @@ def test_training_windows_repeat_in_a_new_order_and_depend_on_the_seed_alone():
 
 def test_training_windows_refuse():
     documents = token_documents([3, 4])
-    with pytest.raises(ValueError, match="seq_len is 1"):
-        text_data.training_windows(documents, 1, 1, seed=0)
-    with pytest.raises(ValueError, match="count is 0"):
-        text_data.training_windows(documents, 4, 0, seed=0)
     with pytest.raises(ValueError, match="has 9 tokens, less than one window of 100"):
         text_data.training_windows(documents, 100, 1, seed=0)

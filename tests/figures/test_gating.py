@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
@@ -404,7 +405,7 @@ def test_figure_is_readable(name, case, read, tmp_path):
 
 def test_same_data_same_bytes(read, tmp_path):
     for name in ("ladder", "sensitivity_map"):
-        files = [style.save_figure(FIGURES[name](read, "short"), tmp_path / f"{i}.png", dpi=50) for i in "ab"]
+        files = [style.save_figure(FIGURES[name](read, "short"), tmp_path / f"{i}.png") for i in "ab"]
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -467,7 +468,7 @@ def test_intervals_of_too_few_documents_leave_the_panel(read, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = gating.plot_domains(table)
-        style.save_figure(figure, tmp_path / "a.png", dpi=50)
+        style.save_figure(figure, tmp_path / "a.png")
     left, right = figure.axes[0].get_xlim()
     assert -0.05 < left < right < 0.05
     drawn = segments(figure.axes[0].containers[0])
@@ -509,6 +510,12 @@ def test_correlations_show_every_layer_and_mark_what_holm_leaves(read):
     assert sum(text.get_text() == "*" for text in right.texts) == stars.sum() > 0
 
 
+def test_correlations_of_all_layers_alone_are_drawn(read):
+    table = read("sensitivity_correlations.csv")
+    left, right = gating.plot_correlations(table[table["layer"] == "all"]).axes
+    assert len(row_names(left)) == table["signal"].nunique() and not right.collections
+
+
 def test_validation_fills_the_chosen_estimator(read):
     (axes,) = FIGURES["validation"](read, "long").axes
     assert axes.get_xticklabels()[0].get_text() == "all" and len(axes.get_xticks()) == 24
@@ -544,6 +551,47 @@ def test_text_underlines_what_routing_sends_to_mamba(read):
         assert lined == set(np.flatnonzero(marked[:100]))
     with pytest.raises(IndexError, match="layer 99 is not there"):
         gating.plot_sensitivity_text(document, 99)
+
+
+class Tokens(HTMLParser):
+    """[(text, what hovering shows, style)] of the tokens of `token_html`."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "span":
+            self.found.append(["", dict(attributes)["title"], dict(attributes)["style"]])
+
+    def handle_data(self, data):
+        self.found[-1][0] += data
+
+
+def test_hovering_a_token_shows_its_sparsity():
+    prompt = {"tokens": ["<b>", ' "$a$"', "\n"], "per_token_sparsity": [[0.0, 0.5, 1.0], [0.0, 1.0, 1.0]]}
+    page = gating.token_html(prompt)
+    assert "$" not in page and "<b>" not in page and page.count("<br>") == 1  # no mathematics, no tag of the text's
+    texts, notes, styles = zip(*Tokens(page).found, strict=True)
+    assert texts == ("<b>", ' "$a$"', "↵")
+    assert notes == ("sparsity 0.000", "sparsity 0.750", "sparsity 1.000")
+    assert "background:#00224e;color:white" in styles[0] and "background:#fee838;color:black" in styles[2]
+    assert [note for _, note, _ in Tokens(gating.token_html(prompt, layer=0)).found][1] == "sparsity 0.500"
+    with pytest.raises(IndexError, match="layer 2 is not there"):
+        gating.token_html(prompt, layer=2)
+
+
+def test_hovering_a_token_shows_its_sensitivity_and_gate(read):
+    document = first_map(read, "long")
+    found = Tokens(gating.token_html(document, layer=4)).found
+    assert len(found) == len(document["tokens"]) == 300
+    sensitivity = document["sensitivity"][3]
+    middle = sorted(range(300), key=lambda token: sensitivity[token])[20:-20]  # the outer ones are drawn in
+    for token in middle:
+        sent = bool(document["mamba"][3][token])
+        assert found[token][1] == f"sensitivity {sensitivity[token]:.2g} nats{', to Mamba' if sent else ''}"
+        assert ("border-bottom" in found[token][2]) == sent
 
 
 def test_probe_gap_and_recall_draw_the_files(read):
@@ -593,8 +641,9 @@ def test_ablations_draw_the_files(read):
     tables = all_ablations(read, "long")
     axes = FIGURES["training_ablations"](read, "long").axes
     names = row_names(axes[0])
-    assert names[:5] == ["random", "attention", "A alone", "A alone, as long as both", "A, then B"]
-    assert names[-1] == "share of the training tokens"
+    assert names[:4] == ["sidecar's initialisation", "random", "attention", "stages of training"]
+    assert names[4:7] == ["A alone", "A alone, as long as both", "A, then B"]
+    assert [label.get_weight() for label in axes[0].get_yticklabels()][:4] == ["bold", "normal", "normal", "bold"]
     trained = tables[tables["ablation"].isin(["init", "stages", "d_state", "tokens"])]
     (container,) = axes[0].containers
     assert container.lines[0].get_xdata() == pytest.approx(trained["alpha_1"].to_numpy())
@@ -650,6 +699,8 @@ def test_notebook_sections(case, tmp_path, monkeypatch):
     cells = [cell for cell in notebook.cells[1:] if cell.cell_type == "code"]
     printed = ["".join(output.get("text", "") for output in cell.outputs).splitlines() for cell in cells]
     figures = {file.stem for file in folder.glob("figures/*.png")}
+    pages = [output.get("data", {}).get("text/html", "") for cell in cells for output in cell.outputs]
+    assert sum('<span title="sensitivity' in page for page in pages) == (2 if case else 0)
     if case:
         assert not any(printed)
         drawn = {name.removesuffix("_0").removesuffix("_1") for name in figures}

@@ -373,6 +373,8 @@ def test_notebook_runs_from_root_and_from_its_folder(start, complete, tmp_path, 
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     printed = "".join(output.get("text", "") for output in outputs)
     figures = [output for output in outputs if "image/png" in output.get("data", {})]
+    pages = [output.get("data", {}).get("text/html", "") for output in outputs]
+    assert sum('<span title="sparsity' in page for page in pages) == (len(PROMPTS) if complete else 0)
     if complete:
         assert "alpha_sweep" not in printed and "gated_hybrid_results" not in printed and "SUPPORTED" in printed
         assert len(figures) == len(list((tmp_path / "blockffn-tiny" / "figures").glob("*.png"))) >= 12

@@ -277,7 +277,7 @@ def test_a_row_is_what_its_sidecars_give(model, study, ablation, name):
     assert row["share_realised"] == pytest.approx(record.mean_share(), abs=1e-9)
     for column in ("alpha_1", "random", "vs_random"):
         assert row[f"{column}_ci_low"] < row[column] < row[f"{column}_ci_high"]
-    recovery = measure_recovery(model, LAYERS, TOKENS["calibration"], *sidecars.values(), *SCORING, progress=False)
+    recovery = measure_recovery(model, LAYERS, TOKENS["calibration"], *sidecars.values(), *SCORING)
     assert row["recovered"] == pytest.approx(recovery.recovered, rel=1e-6)
 
 

@@ -44,7 +44,7 @@ def failures(rows):
 
 def run(model, layers=(1, 2)):
     vocabulary = model.config.vocab_size
-    return run_checks(model, layers, documents(vocabulary), SETTINGS, progress=False)
+    return run_checks(model, layers, documents(vocabulary), SETTINGS)
 
 
 def test_every_promise_holds_and_the_model_is_left_alone(model):

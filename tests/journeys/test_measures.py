@@ -71,14 +71,6 @@ def test_strongest_and_counts(data, columns, monkeypatch):
     np.testing.assert_array_equal(measures.strongest(experts, 4), columns)
 
 
-@pytest.mark.parametrize("wrong", [-2, 4])
-def test_an_expert_out_of_range(wrong):
-    experts, _ = journeys()
-    experts[7, 3, 1] = wrong
-    with pytest.raises(ValueError, match=f"expert {wrong} is outside 0 to 3"):
-        measures.strongest(experts, 4)
-
-
 def test_many_experts_need_two_bytes():
     experts = np.array([[[299], [0]], [[255], [256]]], dtype=np.int16)
     columns = measures.strongest(experts, 300)
@@ -413,28 +405,26 @@ def test_paths_against_a_counter(num_layers, num_experts):
     rng = np.random.default_rng(0)
     some = rng.integers(0, num_experts, (num_layers, 40)).astype(np.uint8)
     columns = some[:, rng.integers(0, 40, 500) ** 2 // 40]  # repeated paths, some more than others
-    codes, bound = measures.path_codes(columns, num_experts)
-    assert 0 <= codes.min() and codes.max() < bound
+    codes = measures.path_codes(columns, num_experts)
+    assert codes.min() >= 0
     paths = [tuple(column.tolist()) for column in columns.T]
     assert len(set(zip(codes.tolist(), paths, strict=True))) == len(set(paths)) == len(set(codes.tolist()))
     counter = Counter(paths)
-    distinct, most = measures.common_paths(codes, bound, 10)
-    assert distinct == len(counter)
+    distinct, most, ids = measures.common_paths(codes, 10)
+    assert distinct == len(counter) == len(set(zip(ids.tolist(), paths, strict=True)))
     # Counter keeps equal counts in order of appearance too
     assert [(paths[row], count) for count, row in most] == counter.most_common(10)
     assert all(paths.index(paths[row]) == row for _, row in most)
 
 
-def test_common_paths_counts_by_table_or_by_sorting_alike():
-    codes = np.random.default_rng(0).integers(0, 50, 400)
-    assert measures.common_paths(codes, 50, 60) == measures.common_paths(codes, 10**9, 60)
-    assert measures.common_paths(np.array([4, 4, 4]), 5, 10) == (1, [(3, 0)])
+def test_fewer_paths_than_are_asked_for():
+    distinct, most, ids = measures.common_paths(np.array([4, 4, 4]), 10)
+    assert (distinct, most, ids.tolist()) == (1, [(3, 0)], [0, 0, 0])
 
 
 def test_layers_without_expert_are_part_of_the_path():
     columns = np.array([[0, 0, 2], [1, 2, 1]], dtype=np.uint8)  # 2 = none
-    codes, bound = measures.path_codes(columns, 2)
-    assert len(set(codes.tolist())) == 3 and bound == 9
+    assert len(set(measures.path_codes(columns, 2).tolist())) == 3
 
 
 # -- domains

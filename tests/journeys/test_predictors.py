@@ -322,10 +322,10 @@ def test_the_row_split_leaks_and_the_problem_split_does_not():
                            "patience": 25})  # fmt: skip
     parts = problem_parts(data, 0)
     done = scoring.study("mlp", data, parts, 1, settings, (0,), with_rows=True)
-    both = {kind: measured.totals.hits[5:24:6, :, (0, -1)].sum(axis=(0, 1)) for kind, measured in done.by_split.items()}
+    both = {kind: found["hits"][5:24:6, :, (0, -1)].sum(axis=(0, 1)) for kind, found in done.items()}
     accuracy = {kind: right / cells for kind, (right, cells) in both.items()}
     assert accuracy["problems"] < 0.3 and accuracy["rows"] > 0.6
-    leak = scoring.leakage(done.paired, 500, 0, 0.95)
+    leak = scoring.leakage(done["rows"]["paired"], 500, 0, 0.95)
     assert leak["ci_low"] > 0 and leak["leakage"] == pytest.approx(leak["top1_rows_split"] - leak["top1_problem_split"])
     # the same cells: those of the row split's test part that belong to test problems
     test = split_by_row(data, 1, 0).test
@@ -363,7 +363,7 @@ def test_uniform_scores_are_exact_expectations(first_order):
     fitted = fit("uniform", first_order, split.train, split.validation, SETTINGS)
     scores, _ = scoring.evaluate(fitted, first_order, split.test)
     np.testing.assert_allclose(scores.hits, np.tile([1 / 5, 2 / 5, 2 / 5, 1 / 10], (len(split.test), 1)), rtol=1e-12)
-    drawn = scoring.score_rows(first_order, scoring.total(first_order, split.test, scores), 1, 50, 0, 0.95)[0]
+    drawn = scoring.score_rows(first_order, *scoring.total(first_order, split.test, scores), 1, 50, 0, 0.95)[0]
     assert drawn["ece"] == pytest.approx(0, abs=1e-12) and drawn["top1"] == pytest.approx(1 / 5)
     rng = np.random.default_rng(0)
     experts = np.array([[0, 3], [2, -1]])
@@ -378,7 +378,7 @@ def test_sums_intervals_and_calibration_against_loops():
     cells = cells_of(data, 1)
     probabilities = rng.dirichlet(np.ones(E), len(cells))
     scores = scoring.score(probabilities, targets_of(data, cells))
-    rows = scoring.score_rows(data, scoring.total(data, cells, scores), 1, 300, 2, 0.9)
+    rows = scoring.score_rows(data, *scoring.total(data, cells, scores), 1, 300, 2, 0.9)
     assert [(row["domain"], row["layer"]) for row in rows] == [
         (domain, layer) for domain in ("all", "set0", "set1") for layer in ("all", 4, 5, 6)
     ]
@@ -410,17 +410,18 @@ def test_study_adds_up_seeds_and_keeps_the_trace(first_order):
     one = [scoring.study("transition", first_order, parts, 2, SETTINGS, (seed,), True) for seed in (0, 1)]
     both = scoring.study("transition", first_order, parts, 2, SETTINGS, (0, 1), True)
     for kind in ("problems", "rows"):
-        expected = sum(study.by_split[kind].totals.hits for study in one)
-        np.testing.assert_array_equal(both.by_split[kind].totals.hits, expected)
-    np.testing.assert_array_equal(both.paired, one[0].paired + one[1].paired)
+        expected = sum(study[kind]["hits"] for study in one)
+        np.testing.assert_array_equal(both[kind]["hits"], expected)
+    np.testing.assert_array_equal(both["rows"]["paired"], sum(study["rows"]["paired"] for study in one))
+    predicted = both["problems"]["predicted"]
     rows = scoring.scored_journeys(first_order, parts)
-    assert both.predicted.shape == (len(rows), 6, K) and (both.predicted[:, :2] == -1).all()
+    assert predicted.shape == (len(rows), 6, K) and (predicted[:, :2] == -1).all()
     split = split_by_problem(first_order, parts, 2)
     fitted = fit("transition", first_order, split.train, split.validation, SETTINGS)
     for place in (0, 17, len(rows) - 1):
         for layer in range(4):
             found = fitted.predict(Cells(rows[[place]], np.array([layer]), 2))[0]
-            assert both.predicted[place, layer + 2].tolist() == np.argsort(-found, kind="stable")[:K].tolist()
+            assert predicted[place, layer + 2].tolist() == np.argsort(-found, kind="stable")[:K].tolist()
     position, problem = first_order.position[rows], first_order.problem[rows]
     turns = problem[np.flatnonzero(position == 0)]
     assert (np.diff(position)[np.diff(problem) == 0] == 1).all()
@@ -456,7 +457,7 @@ def test_every_predictor_is_scored_on_the_same_cells():
     parts = problem_parts(data, 0)
     settings = Settings(**{**vars(SETTINGS), "epochs": 1, "probe_epochs": 1, "xgboost_rounds": 2})
     counts = [
-        scoring.study(name, data, parts, 1, settings, (0,), False).by_split["problems"].totals.hits[:, :, -1]
+        scoring.study(name, data, parts, 1, settings, (0,), False)["problems"]["hits"][:, :, -1]
         for name in predictors.PREDICTORS
     ]
     for other in counts[1:]:
@@ -519,8 +520,8 @@ def test_confidence_on_an_edge_counts_to_the_interval_below_it(first_order):
     two = cells_of(first_order, 1).select(np.arange(2))
     hits = np.array([[1.0, 1, 0.5, 0], [0.0, 0, 0, 0]])
     scores = scoring.Scores(hits, np.array([0.2, 0.15]), np.zeros((2, K), dtype=int))
-    totals = scoring.total(first_order, two, scores)
-    assert scoring.calibration_error(totals.bins) == pytest.approx(abs(1 - 0.35) / 2)
+    _, bins = scoring.total(first_order, two, scores)
+    assert scoring.calibration_error(bins) == pytest.approx(abs(1 - 0.35) / 2)
 
 
 def test_each_part_of_a_split_is_what_its_name_says(first_order, monkeypatch):

@@ -25,11 +25,10 @@ from src.journeys.records import (
     STRAY_LAYER,
     export_rows,
     export_token_files,
-    import_rows,
-    import_token_files,
+    import_records,
     infer_num_experts,
 )
-from src.journeys.store import Journeys, concatenate, read_journeys, shard_name, shard_run, write_shard
+from src.journeys.store import Journeys, read_journeys, shard_name, shard_run, write_shard
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "mixtral_routing"
 needs_real_records = pytest.mark.skipif(not REAL.is_dir(), reason="the real Mixtral records are not beside this repo")
@@ -58,6 +57,11 @@ def some_journeys(
         layers=tuple(layers),
         num_experts=8,
     )
+
+
+def concatenate(parts: list[Journeys]) -> Journeys:
+    """Journeys of the same model one after the other."""
+    return replace(parts[0], **{name: np.concatenate([getattr(part, name) for part in parts]) for name in FIELDS})
 
 
 def assert_same(one: Journeys, two: Journeys, fields=FIELDS) -> None:
@@ -231,7 +235,7 @@ def test_a_million_journeys_load_in_five_seconds(tmp_path):
 def test_real_mixtral_records(name, kept, rows, line):
     """The recorder dropped rows of the last two tokens, and wrote layer by layer."""
     path = REAL / f"{name}.jsonl"
-    imported, report = import_rows(path)
+    imported, report = import_records(path)
     assert (report.journeys, report.left_out, report.rows, report.files) == (kept, 2, rows, 1)
     assert list(report.problems) == [INCOMPLETE]
     assert (report.problems[INCOMPLETE].count, report.problems[INCOMPLETE].line) == (2, line)
@@ -245,7 +249,7 @@ def test_real_mixtral_records(name, kept, rows, line):
                 row["gating_probs"], abs=5e-4
             )
     with pytest.raises(UserError, match=f"incomplete journey: 2, first in .*{name}.jsonl, line {line}"):
-        import_rows(path, strict=True)
+        import_records(path, strict=True)
 
 
 @needs_real_records
@@ -254,16 +258,16 @@ def test_real_records_in_any_order(tmp_path):
     random.Random(0).shuffle(lines)
     shuffled = tmp_path / "shuffled.jsonl"
     shuffled.write_text("\n".join(lines))
-    expected, _ = import_rows(REAL / "humaneval_p0.jsonl")
-    assert_same(import_rows(shuffled)[0], expected)
+    expected, _ = import_records(REAL / "humaneval_p0.jsonl")
+    assert_same(import_records(shuffled)[0], expected)
 
 
 @needs_real_records
 def test_real_records_from_file_to_files_to_store(tmp_path):
-    expected, _ = import_rows(REAL / "gsm8k_p0.jsonl", strict=False)
+    expected, _ = import_records(REAL / "gsm8k_p0.jsonl", strict=False)
     (folder,) = export_token_files(expected, tmp_path / "routing_data_collected")
     assert folder.name == "gsm8k_tokens" and len(list(folder.glob("*.jsonl"))) == 166
-    back, report = import_token_files(tmp_path / "routing_data_collected", strict=True)
+    back, report = import_records(tmp_path / "routing_data_collected", strict=True)
     assert_same(back, expected)
     assert (report.files, report.rows) == (166, 166 * 32)
     write_shard(tmp_path / "store" / shard_name("gsm8k", 0), back)
@@ -276,7 +280,7 @@ def test_rows_of_two_data_sets(tmp_path, shuffled):
     records = records_of(both)
     if shuffled:
         random.Random(3).shuffle(records)
-    imported, report = import_rows(write_records(tmp_path / "rows.jsonl", records), strict=True)
+    imported, report = import_records(write_records(tmp_path / "rows.jsonl", records), strict=True)
     assert_same(imported, both, [name for name in FIELDS if name not in ("token", "token_id", "is_generated")])
     assert (imported.token_id == -1).all() and (imported.token == "").all() and not imported.is_generated.any()
     assert report.problems == {} and report.inferred and report.num_experts == 8
@@ -330,7 +334,7 @@ def test_a_fault_is_counted_located_and_left_out(tmp_path, kind):
     whole = some_journeys()
     rows, line = corrupt(records_of(whole), kind)
     path = write_records(tmp_path / "rows.jsonl", rows)
-    imported, report = import_rows(path)
+    imported, report = import_records(path)
     assert set(report.problems) == FAULTS[kind]
     main = next(problem for name, problem in report.problems.items() if name != INCOMPLETE or kind == INCOMPLETE)
     assert (main.count, main.file, main.line) == (1, str(path), line)
@@ -339,7 +343,7 @@ def test_a_fault_is_counted_located_and_left_out(tmp_path, kind):
     assert_same(imported, kept, ("dataset", "problem_id", "token_idx", "experts", "gating_probs"))
     assert len(report.lines()) == 1 + len(report.problems) and f"line {line}" in " ".join(report.lines())
     with pytest.raises(UserError, match=rf"rows\.jsonl, line {line}"):
-        import_rows(path, strict=True)
+        import_records(path, strict=True)
 
 
 def test_bytes_that_are_no_text_and_rows_of_other_types(tmp_path):
@@ -367,7 +371,7 @@ def test_bytes_that_are_no_text_and_rows_of_other_types(tmp_path):
     lines += [b"\xff\xfe{}", b"[" * 100_000, b"   ", *(json.dumps(row).encode() for row in bad_rows)]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(lines))
-    imported, report = import_rows(path)
+    imported, report = import_records(path)
     assert {kind: problem.count for kind, problem in report.problems.items()} == {
         BROKEN_JSON: 2,
         BAD_ROW: len(bad_rows),
@@ -381,7 +385,7 @@ def test_sums_within_float16_pass(tmp_path):
     records = records_of(some_journeys())
     records[0]["gating_probs"] = [0.6, 0.4019]
     records[5]["gating_probs"] = [0.7, 0.2981]
-    assert import_rows(write_records(tmp_path / "rows.jsonl", records), strict=True)[1].journeys == 12
+    assert import_records(write_records(tmp_path / "rows.jsonl", records), strict=True)[1].journeys == 12
 
 
 def test_the_strongest_expert_comes_first(tmp_path):
@@ -390,7 +394,7 @@ def test_the_strongest_expert_comes_first(tmp_path):
     for record in records[::2]:
         record["experts"].reverse()
         record["gating_probs"].reverse()
-    imported, _ = import_rows(write_records(tmp_path / "rows.jsonl", records), strict=True)
+    imported, _ = import_records(write_records(tmp_path / "rows.jsonl", records), strict=True)
     differ = whole.gating_probs[..., 0] != whole.gating_probs[..., 1]
     np.testing.assert_array_equal(imported.experts[differ], whole.experts[differ])
     np.testing.assert_array_equal(imported.gating_probs, whole.gating_probs)
@@ -402,13 +406,13 @@ def test_layers_may_have_gaps_and_padding_is_kept(tmp_path):
     experts[2, 1, 2], probs[2, 1] = -1, [0.75, 0.25, 0]
     experts[3, 0], probs[3, 0] = -1, 0
     padded = replace(whole, experts=experts, gating_probs=probs)
-    imported, _ = import_rows(export_rows(padded, tmp_path / "rows.jsonl"), strict=True)
+    imported, _ = import_records(export_rows(padded, tmp_path / "rows.jsonl"), strict=True)
     assert imported.layers == (1, 3, 4) and imported.experts.dtype == np.int16
     assert_same(imported, padded, ("experts", "gating_probs"))
 
     records = records_of(padded)
     records[7]["gating_probs"] = [0.5, 0.25, 0.25]  # a probability on padding
-    _, report = import_rows(write_records(tmp_path / "rows.jsonl", records))
+    _, report = import_records(write_records(tmp_path / "rows.jsonl", records))
     assert {kind: problem.count for kind, problem in report.problems.items()} == {BAD_SUM: 1}
 
 
@@ -417,7 +421,7 @@ def test_unknown_probabilities_are_null(tmp_path):
     unknown = replace(whole, gating_probs=np.full_like(whole.gating_probs, np.nan))
     path = export_rows(unknown, tmp_path / "rows.jsonl")
     assert '"gating_probs": null' in path.read_text()
-    assert_same(import_rows(path, strict=True)[0], unknown, ("experts", "gating_probs"))
+    assert_same(import_records(path, strict=True)[0], unknown, ("experts", "gating_probs"))
 
 
 def test_number_of_experts():
@@ -433,30 +437,26 @@ def test_number_of_experts():
 
 def test_a_known_number_of_experts_decides(tmp_path):
     path = write_records(tmp_path / "rows.jsonl", records_of(some_journeys()))
-    imported, report = import_rows(path, num_experts=16)
+    imported, report = import_records(path, num_experts=16)
     assert imported.num_experts == 16 and not report.inferred and report.journeys == 12
     with pytest.raises(UserError, match="experts out of range"):
-        import_rows(path, num_experts=7, strict=True)
+        import_records(path, num_experts=7, strict=True)
 
 
 def test_files_that_hold_no_journey(tmp_path):
-    with pytest.raises(UserError, match="there is no file"):
-        import_rows(tmp_path / "absent.jsonl")
-    with pytest.raises(UserError, match="there is no folder"):
-        import_token_files(tmp_path / "absent")
+    with pytest.raises(UserError, match="absent.jsonl does not exist"):
+        import_records(tmp_path / "absent.jsonl")
     with pytest.raises(UserError, match="holds no token files"):
-        import_token_files(tmp_path)
-    with pytest.raises(UserError, match="limit is 0"):
-        import_token_files(tmp_path, limit=0)
+        import_records(tmp_path)
     with pytest.raises(UserError, match=r"holds no \(token, layer\) row$"):
-        import_rows(write_records(tmp_path / "empty.jsonl", []))
+        import_records(write_records(tmp_path / "empty.jsonl", []))
     with pytest.raises(UserError, match="no .* row; broken JSON: 2, first in .*broken.jsonl, line 1"):
-        import_rows(write_records(tmp_path / "broken.jsonl", ["{", "}"]))
+        import_records(write_records(tmp_path / "broken.jsonl", ["{", "}"]))
     records = records_of(some_journeys())
     for record in records:
         record["gating_probs"] = [0.9, 0.9]
     with pytest.raises(UserError, match="holds no complete journey: gate probabilities that do not sum to 1: 36"):
-        import_rows(write_records(tmp_path / "rows.jsonl", records))
+        import_records(write_records(tmp_path / "rows.jsonl", records))
 
 
 # -------------------------------------------------------------------------------------------------- one file per token
@@ -473,13 +473,13 @@ def test_token_files(tmp_path):
     row = 3 * 12 + 2 * 12 + 10
     assert [json.loads(line) for line in lines] == records_of(both.select(slice(row, row + 1)))
     assert "GSM-symbolic" in (folders[0] / "README.md").read_text()
-    imported, report = import_token_files(tmp_path, strict=True)
+    imported, report = import_records(tmp_path, strict=True)
     assert_same(imported, both, ("dataset", "problem_id", "token_idx", "experts", "gating_probs"))
     assert (report.files, report.rows) == (72, 216)
 
-    first, report = import_token_files(tmp_path / "humaneval_tokens", limit=3, strict=True)
+    first, report = import_records(tmp_path / "humaneval_tokens", limit=3, strict=True)
     assert report.files == 3 and first.token_idx.tolist() == [0, 1, 10]  # in string order
-    each, report = import_token_files(tmp_path, limit=3, strict=True)
+    each, report = import_records(tmp_path, limit=3, strict=True)
     assert report.files == 6 and len(each) == 6
 
     # an earlier export is replaced whole
@@ -493,7 +493,7 @@ def test_token_files_tell_what_their_rows_do_not(tmp_path):
     for token in range(3):
         rows = [{"layer": layer, "experts": [token, 7], "gating_probs": [0.75, 0.25]} for layer in range(2)]
         write_records(folder / f"p4_token_{token}.jsonl", rows)
-    imported, _ = import_token_files(folder, strict=True)
+    imported, _ = import_records(folder, strict=True)
     assert imported.dataset.tolist() == ["maths"] * 3 and imported.problem_id.tolist() == [4] * 3
     assert imported.token_idx.tolist() == [0, 1, 2] and imported.experts[:, 1, 0].tolist() == [0, 1, 2]
 
@@ -503,7 +503,7 @@ def test_a_fault_in_a_token_file_is_located(tmp_path):
     file = folder / "p1_token_2.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join([lines[0], lines[1][:20], lines[2]]))
-    imported, report = import_token_files(tmp_path)
+    imported, report = import_records(tmp_path)
     assert report.problems[BROKEN_JSON].file == str(file) and report.problems[BROKEN_JSON].line == 2
     assert report.problems[INCOMPLETE].file == str(file) and len(imported) == 11
 

@@ -149,20 +149,6 @@ def test_tokens_without_ids_or_texts(journeys):
     assert np.flatnonzero(sample.tokens == -1).tolist() == [5]
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"experts": np.zeros((0, 7, 2), np.uint8), "gating_probs": np.zeros((0, 7, 2))}, "nothing to analyse"),
-        ({"gating_probs": np.zeros((3, 2))}, "must be"),
-        ({"layers": (0, 1)}, "2 layer ids for journeys of 7 layers"),
-        ({"token_idx": np.full(2 * PROBLEMS * LENGTH, -4)}, "token_idx is -4 in row 0"),
-    ],
-)
-def test_prepare_refuses(journeys, changes, words):
-    with pytest.raises(ValueError, match=words):
-        to_sample(SimpleNamespace(**vars(journeys) | changes))
-
-
 # -- tables
 def test_files_and_columns(files):
     for name, columns in CSV_COLUMNS.items():

@@ -92,7 +92,7 @@ def folder(tmp_path_factory):
 
     attach_mamba_sidecar(model, range(LAYERS), settings=SidecarSettings(d_state=8, headdim=16, chunk_size=16))
     for stage in ("a", "b"):
-        save_sidecars(model, home / "sidecars", stage)
+        save_sidecars(model, home / "sidecars", stage, {})
     for layer in attachment_of(model).hybrid_layers():
         torch.nn.init.normal_(layer.gate_proj.weight)
     save_learned_gates(model, home / "sidecars")
@@ -106,7 +106,7 @@ def folder(tmp_path_factory):
         for layer in attachment_of(model).hybrid_layers():
             for parameter in layer.sidecar.parameters():
                 parameter.mul_(1 + 0.1 * torch.randn(()))
-    save_sidecars(model, home / "sidecars" / "seed_7", "b")
+    save_sidecars(model, home / "sidecars" / "seed_7", "b", {})
     detach_mamba_sidecars(model)
 
     rng = np.random.default_rng(0)
@@ -550,7 +550,7 @@ def llama_arguments(folder, home, *more):
         for file in (folder / "model").glob(pattern):
             shutil.copy(file, home / "llama")
     attach_mamba_sidecar(model, [1, 2], settings=SidecarSettings(d_state=8, headdim=16, chunk_size=16))
-    save_sidecars(model, home / "sidecars", "a")
+    save_sidecars(model, home / "sidecars", "a", {})
     own = ["--model", str(home / "llama"), "--sidecar-dir", str(home / "sidecars")]
     return arguments(folder, home / "out", *more, *own)
 
