@@ -1,8 +1,7 @@
 """01: download a model from the hub, or verify a shipped or local one; say what it is.
 
 Prints the configuration and the parameter counts (total, and active at the sparsity measured on a few texts), and
-writes model_info.json.
-"""
+writes model_info.json."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,6 @@
 """02: a model's module tree with attention, router and experts marked, and where signals and sidecars go in.
 
-Updates model_info.json.
-"""
+Updates model_info.json."""
 
 import sys
 from pathlib import Path

@@ -2,8 +2,7 @@
 
 Writes routing_signals.json (prompts, per token) and, over the evaluation text, routing_by_layer.csv (TLS and CLS_k),
 routing_experts.csv, routing_by_kind.csv, routing_by_position.csv, routing_correlations.csv, routing_extreme_tokens.csv
-and routing_tokens.npz.
-"""
+and routing_tokens.npz."""
 
 import sys
 from pathlib import Path

@@ -1,8 +1,7 @@
 """04: check the hybrid layer on the model at hand, then distil its Mamba-2 sidecars, or load those that are there.
 
 Writes sidecar_checks.json (every promise of the hybrid layer with its measured value, and what the sidecars recover of
-the target layers' attention) and, after training, distillation.csv and the folder sidecars/.
-"""
+the target layers' attention) and, after training, distillation.csv and the folder sidecars/."""
 
 import sys
 from pathlib import Path

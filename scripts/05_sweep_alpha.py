@@ -2,8 +2,7 @@
 
 Writes alpha_sweep_results.csv (a baseline row, then one row per alpha), alpha_sweep_untrained.csv (the same with
 sidecars that were never distilled: the control), alpha_sweep_domains.csv, the sums per document of both, and
-alpha_sweep_generations.json. What an earlier run measured with the same model, text and sidecars is taken from it.
-"""
+alpha_sweep_generations.json. What an earlier run measured with the same model, text and sidecars is taken from it."""
 
 import sys
 from pathlib import Path
@@ -13,8 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import config
 from src.base import cli
 
-FLAGS = (
-    *cli.SESSION_FLAGS, *cli.SCORING_FLAGS, "alphas", "layers", "sidecar_dir", "stage", "new_tokens", "resamples",
+FLAGS = (*cli.SESSION_FLAGS, *cli.SCORING_FLAGS, "alphas", "layers", "sidecar_dir", "stage", "new_tokens", "resamples",
     "confidence_level",
 )  # fmt: skip
 

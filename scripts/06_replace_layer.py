@@ -3,8 +3,7 @@
 Every layer alone at alpha 1 with its stage A sidecar (one in memory at a time), ranked; then the k safest together.
 Which layers are safest is decided on calibration text, what they cost is reported on evaluation text. Writes
 layer_replacement_results.csv, layer_replacement_calibration.csv and the sums per document of both. What an earlier run
-measured with the same model, text and sidecars is taken from it.
-"""
+measured with the same model, text and sidecars is taken from it."""
 
 import sys
 from pathlib import Path
@@ -14,9 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import config
 from src.base import cli
 
-FLAGS = (
-    *cli.SESSION_FLAGS, *cli.SCORING_FLAGS, "calibration_documents", "layers", "together", "sidecar_dir", "resamples",
-    "confidence_level",
+FLAGS = (*cli.SESSION_FLAGS, *cli.SCORING_FLAGS, "calibration_documents", "layers", "together", "sidecar_dir",
+    "resamples", "confidence_level",
 )  # fmt: skip
 
 

@@ -3,8 +3,7 @@
 Routing gates (hard, soft, temperatures, look-ahead, an uncalibrated threshold), a learned gate and fixed alphas at the
 same mean shares, the rule's controls with exactly as many Mamba tokens per layer and document as the gate they are
 matched to, on every set of sidecars there is, and the verdict by the rule in config.py. What an earlier run measured
-with the same model, text, sidecars and gates is taken from it. 08 to 10 explain the answer.
-"""
+with the same model, text, sidecars and gates is taken from it. 08 to 10 explain the answer."""
 
 import sys
 from pathlib import Path

@@ -3,10 +3,10 @@
 Writes explained_gates_results.csv, _documents, _pairs and _domains (07's tables with every control on every share, and
 the oracle, hindsight and probes as controls), sensitivity_validation.csv, sensitivity_correlations.csv,
 sensitivity_maps.json, probe_gap.csv, and ablation_signal, _softness and _threshold.csv, which are rows of the first
-table. Hours on a CPU at full size; what 07 or an earlier run measured is taken from it.
-"""
+table. Hours on a CPU at full size; what 07 or an earlier run measured is taken from it."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -14,13 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import config
 from src.base import cli
 
-FLAGS = cli.STUDY_FLAGS
-
-
-def parse(argv: list[str] | None = None):
-    """The command line."""
-    return cli.parse(__doc__, config, FLAGS, argv)
-
+parse = partial(cli.parse, __doc__, config, cli.STUDY_FLAGS)  # the command line, of argv or of the process
 
 if __name__ == "__main__":
     ARGUMENTS = cli.run_main(parse)  # before torch is loaded, so that wrong values are answered at once

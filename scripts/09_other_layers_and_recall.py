@@ -2,8 +2,7 @@
 
 Writes layer_set_results.csv (hard routing against random masks and its own decisions shuffled, on all layers, the
 middle third, the first and the last half) and recall_results.csv (tasks that only the context answers, under each
-gate). What an earlier run measured is taken from it.
-"""
+gate). What an earlier run measured is taken from it."""
 
 import sys
 from pathlib import Path

@@ -1,8 +1,7 @@
 """10: how much of the answer is the sidecars'? Their initialisation, stages, state width and training tokens, ablated.
 
 Trains sidecars anew with a smaller budget, equal for all variants, and writes ablation_init.csv, ablation_stages.csv,
-ablation_d_state.csv, ablation_tokens.csv and distillation_curves.csv. An interrupted run goes on where it stopped.
-"""
+ablation_d_state.csv, ablation_tokens.csv and distillation_curves.csv. An interrupted run goes on where it stopped."""
 
 import sys
 from pathlib import Path
@@ -12,8 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import config
 from src.base import cli
 
-FLAGS = (
-    *cli.SESSION_FLAGS, *cli.SCORING_FLAGS, "calibration_documents", "layers", "sidecar_dir", "stage", "signal",
+FLAGS = (*cli.SESSION_FLAGS, *cli.SCORING_FLAGS, "calibration_documents", "layers", "sidecar_dir", "stage", "signal",
     "mask_seeds", "resamples", "confidence_level", "d_state", "d_conv", "expand", "headdim", "sequence_tokens",
     "batch_sequences", "steps_a", "steps_b", "lr_a", "lr_b", "train_sequences", "validation_sequences",
 )  # fmt: skip

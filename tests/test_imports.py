@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ ALLOWED = {
     "mamba_sidecar": {"base", "models", "routing_extractor", "eval_utils", "hybrid"},
 }
 FILE_LINES, FUNCTION_LINES, SCRIPT_LINES, FILES_AT_TOP = 600, 70, 200, 5
+SHARED_LINES = 6
 
 
 def imported(path: Path) -> set[str]:
@@ -92,3 +94,15 @@ def test_files_and_functions_are_short(path):
 def test_src_shows_three_doors():
     files = {path.name for path in (ROOT / "src").glob("*.py")}
     assert {"routing_extractor.py", "mamba_sidecar.py", "eval_utils.py"} <= files and len(files) <= FILES_AT_TOP
+
+
+def runs_of_lines(text: str) -> set[tuple[str, ...]]:
+    """Every run of SHARED_LINES consecutive lines, imports included; indentation and blank lines do not count."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return {tuple(lines[start : start + SHARED_LINES]) for start in range(len(lines) - SHARED_LINES + 1)}
+
+
+def test_no_two_scripts_share_six_lines():
+    runs = {shown(path): runs_of_lines(path.read_text(encoding="utf-8")) for path in SCRIPTS}
+    shared = {(one, other): runs[one] & runs[other] for one, other in combinations(runs, 2)}
+    assert {pair: found for pair, found in shared.items() if found} == {}

@@ -7,8 +7,7 @@ model. --hidden-problems N keeps what the routers were given for N problems of e
 hidden/ beside the store: 03 predicts experts from it.
 
 Several processes, each with a GPU of its own or all on the CPU, share the problems:
-    accelerate launch --multi_gpu --num_processes 2 scripts/journeys/01_collect.py
-"""
+    accelerate launch --multi_gpu --num_processes 2 scripts/journeys/01_collect.py"""
 
 import sys
 from pathlib import Path

@@ -1,8 +1,7 @@
 """journeys 02: what token journeys say: use of experts, dependence of layers, paths, domains, tokens, positions.
 
 Reads the journeys that 01 collected, or with --input records in another format, and writes one CSV, JSON or NPZ file
-for each analysis under <output-dir>/<model>/journeys/ (findings.json holds the small findings).
-"""
+for each analysis under <output-dir>/<model>/journeys/ (findings.json holds the small findings)."""
 
 import sys
 from pathlib import Path
@@ -11,19 +10,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import config
 from src.base import cli
-from src.journeys import flags
+from src.journeys.flags import RECORD_FLAGS, SETTINGS, check_input
 
 RULES = (
     "folds", "permutations", "resamples", "top", "top_tokens", "high_confidence", "dominant_percent", "strong_percent",
     "low_accuracy_percent", "domain_percent",
 )  # fmt: skip
-FLAGS = ("model", *cli.RUN_FLAGS, "input", *flags.RECORD_FLAGS, *RULES, "confidence_level")
+FLAGS = ("model", *cli.RUN_FLAGS, "input", *RECORD_FLAGS, *RULES, "confidence_level")
 
 
 def parse(argv: list[str] | None = None):
     """The command line, with the name of the records of --input as that of their model."""
-    arguments = cli.parse(__doc__, config, FLAGS, argv, flags.SETTINGS)
-    flags.check_input(arguments)
+    arguments = cli.parse(__doc__, config, FLAGS, argv, SETTINGS)
+    check_input(arguments)
     return arguments
 
 

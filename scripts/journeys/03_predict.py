@@ -2,8 +2,7 @@
 
 Reads the journeys (and router inputs, where 01's --hidden-problems stored them), fits every predictor on training
 problems, scores it on test problems, and simulates caching and prefetching with it. Runs on the CPU. What an earlier
-run measured with the same journeys and settings is taken from it. Results go to <output-dir>/<model>/journeys/.
-"""
+run measured with the same journeys and settings is taken from it. Results go to <output-dir>/<model>/journeys/."""
 
 import sys
 from pathlib import Path
