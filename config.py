@@ -255,13 +255,7 @@ PREDICT_VALIDATION_ROWS = 30_000  # cells that choices are made on
 PREDICT_XGBOOST_VALUES = 1_600_000  # cells x experts: XGBoost grows one tree for each expert and round
 PREDICT_XGBOOST_ROUNDS = 150  # at most
 # Shapes and training of the networks; see predictors.Network. `mlp` has the widths of the published study's first one.
-PREDICT_MLP = {
-    "widths": [256, 128, 64],
-    "layer_width": 10,
-    "expert_width": 5,
-    "dropout": 0.1,
-    "learning_rate": 5e-3,
-}
+PREDICT_MLP = {"widths": [256, 128, 64], "layer_width": 10, "expert_width": 5, "dropout": 0.1, "learning_rate": 5e-3}
 # Where --tune has not been run: what `--tune 10` found on mixtral-tiny, by validation loss.
 PREDICT_MLP_TUNED = {
     "widths": [384, 384, 384],
@@ -274,13 +268,7 @@ PREDICT_MLP_TUNED = {
     "batch_rows": 512,
 }
 PREDICT_LINEAR_PROBE = {"widths": [], "learning_rate": 5e-3, "weight_decay": 0.1, "batch_rows": 512}
-PREDICT_MLP_PROBE = {
-    "widths": [128],
-    "dropout": 0.2,
-    "learning_rate": 3e-3,
-    "weight_decay": 0.1,
-    "batch_rows": 512,
-}
+PREDICT_MLP_PROBE = {"widths": [128], "dropout": 0.2, "learning_rate": 3e-3, "weight_decay": 0.1, "batch_rows": 512}
 # The simulated cache: Mixtral-8x7B in 4 bits on an RTX 3060 behind PCIe 4 x16 (theory; src/journeys/expert_cache.py).
 CACHE_TOKENS = 2000  # tokens of test problems that are simulated, the first ones
 CACHE_BANDWIDTHS_GB_S = [25.0, 12.5, 6.0, 50.0]  # of the link; the first (PCIe 4 x16 as used) is the one in tables

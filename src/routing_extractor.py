@@ -107,17 +107,15 @@ class _RouterHooks:
 class RoutingExtractor(_RouterHooks):
     """Captures every layer's router activations, the output of `router_act_fn`, at each forward.
 
-    On a model with top-k softmax routers the signal is the raw softmax over all experts, float32. Layers without a
-    router are left out; `layers_without_router` names them.
-
         extractor = RoutingExtractor(model)
         model(input_ids)
         signals = extractor.get_routing_signals()       # {layer: [B, T, E]}
         stats = extractor.compute_sparsity_stats()
 
-    Nothing needs calibration, and a model with sidecars works as well: only `mlp` is hooked. It is a context manager
-    too; `close()` removes the hooks, and so does dropping the last reference to it. What was captured stays readable.
-    Raises ValueError, naming the model type, for a model without router.
+    On a model with top-k softmax routers the signal is the raw softmax over all experts, float32. Layers without a
+    router are left out; `layers_without_router` names them. A model with sidecars works as well: only `mlp` is hooked.
+    It is a context manager too; `close()` removes the hooks, and so does dropping the last reference to it. What was
+    captured stays readable. Raises ValueError, naming the model type, for a model without router.
     """
 
     def __init__(self, model: nn.Module, on_layer: Callable[[int, torch.Tensor], None] | None = None):
@@ -181,15 +179,11 @@ class TopKExtractor(_RouterHooks):
             model(input_ids)
             top_k = extractor.get_top_k()               # experts and gating_probs [L, B, T, K]
 
-    With `input_dtype` it keeps the routers' inputs too, see `get_router_inputs`.
-
-    Top-k softmax routers: the experts that the router itself chose, and the softmax over their logits, which is the
-    softmax over all experts renormalised over the chosen (what Mixtral multiplies the experts' outputs by; OLMoE and
-    Qwen2-MoE skip the renormalisation unless `norm_topk_prob` is set). BlockFFN: the K largest router activations
-    above zero, over their sum.
-
-    Raises ValueError, naming the model type, for a model without router, and at the first forward for a router that is
-    not a top-k softmax router.
+    Top-k softmax routers: the experts that the router itself chose, and the softmax over their logits (what Mixtral
+    multiplies the experts' outputs by; OLMoE and Qwen2-MoE skip the renormalisation unless `norm_topk_prob` is set).
+    BlockFFN: the K largest router activations above zero, over their sum. With `input_dtype` it keeps the routers'
+    inputs too, see `get_router_inputs`. Raises ValueError, naming the model type, for a model without router, and at
+    the first forward for a router that is not a top-k softmax router.
     """
 
     def __init__(self, model: nn.Module, top_k: int | None = None, input_dtype: torch.dtype | None = None):

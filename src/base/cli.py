@@ -306,17 +306,12 @@ def parse(
     settings: Mapping[str, str] | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> argparse.Namespace:
-    """Read a command line that knows the flags `names`.
+    """Read a command line that knows the flags `names`: a namespace with one entry for each, and `given`, the names of
+    those that stood on the command line.
 
-    Args:
-        description: the script's docstring, which `--help` shows.
-        config: the module config.py, whose settings are the defaults.
-        argv: the words of the command line; None takes those of the process.
-        settings: flag -> setting that is its default here, where that is not the flag's usual one.
-        defaults: flag -> default of this script that no setting has.
-
-    Returns:
-        A namespace with one entry for each flag, and `given`, the names of those that stood on the command line.
+    description: the script's docstring, which `--help` shows. config: the module config.py, whose settings are the
+    defaults. argv: the words of the command line; None takes those of the process. settings: flag -> setting that is
+    its default here, where that is not the flag's usual one. defaults: flag -> default that no setting has.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     names = [name for name in FLAGS if name in {*names}]

@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from src.base.stats import Interval
 from src.base.text_data import TokenDocument
 from src.eval_utils import score_documents
 from src.gating.controls import check_equal_counts
@@ -96,14 +95,10 @@ def variants(
 ) -> list[Variant]:
     """The variants of each ablation; the full budget is `steps_a` then `steps_b` steps, with sidecars of `settings`.
 
-    init: attention's projections against random weights in the same shape, the one that attention imposes. Stage A
-        starts from a fitted out_proj where the init is random, and from attention's own where it is not.
-    stages: A alone, A alone for as many steps as both stages have together, and A then B.
-    d_state: D_STATES; the sidecars' parameters differ. tokens: TOKEN_SHARES of the steps of both stages, each trained
-        to the end of its own learning rate schedule.
-
-    Raises ValueError for unknown ablations, fewer than one step of a stage, and `init` on a model whose attention
-    cannot be copied.
+    init: attention's projections against random weights in the same shape, the one that attention imposes. stages: A
+    alone, A alone for as many steps as both stages have together, and A then B. d_state: D_STATES. tokens: TOKEN_SHARES
+    of the steps of both stages, each trained to the end of its own learning rate schedule.
+    Raises ValueError for `init` on a model whose attention cannot be copied.
     """
     unknown = sorted(set(ablations) - set(DISTILLATION_ABLATIONS))
     if unknown:
@@ -207,9 +202,11 @@ def variant_row(study: Study, protocol: Protocol, variant: Variant, measured: di
         variant.steps_a * protocol.stage_a.batch_size + variant.steps_b * protocol.stage_b.batch_size
     )
     row |= {name: values[name] for name in ("kl", "kl_alpha_1", "recovered")}
-    row |= _columns("alpha_1", paired(alone, baseline, bootstrap)) | {"share_realised": values["share_realised"]}
-    row |= _columns("random", paired(random, baseline, bootstrap))
-    return row | _columns("vs_random", paired(gated, random, bootstrap)) | {"documents": len(baseline)}
+    row |= paired(alone, baseline, bootstrap).columns("alpha_1", "alpha_1_") | {
+        "share_realised": values["share_realised"]
+    }
+    row |= paired(random, baseline, bootstrap).columns("random", "random_")
+    return row | paired(gated, random, bootstrap).columns("vs_random", "vs_random_") | {"documents": len(baseline)}
 
 
 def run_ablations(study: Study, protocol: Protocol, chosen: Sequence[Variant]) -> dict[str, pd.DataFrame]:
@@ -263,7 +260,3 @@ def _validation_masks(study: Study, protocol: Protocol) -> dict[str, dict[int, n
 
 def _window(index: int) -> str:
     return f"validation window {index}"
-
-
-def _columns(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.estimate, f"{name}_ci_low": interval.low, f"{name}_ci_high": interval.high}

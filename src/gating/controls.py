@@ -1,14 +1,5 @@
 """Controls for a hard gate: offline masks with exactly as many Mamba tokens per layer and document as the gate has.
 
-    with record_gates(model) as record:                     # the deployable gate, on the evaluation text
-        score_documents(model, documents, ..., on_batch=attachment_of(model).on_batch)
-    with bypass_sidecars(model):
-        scores = collect_scores(model, documents, layers, ["self_sparsity"], max_seq_len, stride)
-    masks = scored_masks(record.shares, scores["self_sparsity"], LARGEST_TO_MAMBA["self_sparsity"], seed=0)
-    set_gate(model, MaskGate(masks))
-    ...                                                     # score again, recording
-    check_equal_counts(record.shares, control_record.shares)
-
 Masks and scores have the form of `GateRecord.shares`: document id -> layer -> [N] for the model's input positions
 0 .. N - 1, NaN where the model was never fed. All controls but the random one (`gates.matched_random_masks`) are here.
 They are made with the whole document at hand (`MaskGate.uses_document`), so none of them is deployable. Every function
@@ -71,10 +62,7 @@ def scored_masks(masks: Masks, scores: Masks, largest: bool = True, seed: int = 
 
     masks: the hard gate to match. scores: the same documents and layers, [N], finite wherever the mask is not NaN.
     Equal scores are split by `gates.hash_uniform` as the gates split them, so with the gate's own scores and seed
-    the result is the gate's own mask. The smallest n are what the largest N - n leave over: inverted routing is
-    `scored_masks(shares, scores, largest=False)` with the scores that the gate recorded, and at half of the tokens it
-    shares none with the gate.
-
+    the result is the gate's own mask, and with `largest=False` inverted routing.
     Raises ValueError for masks that are not hard, and scores that are missing, of another length, or not finite.
     """
     control = {}
@@ -100,14 +88,9 @@ def block_shuffled_masks(masks: Masks, seed: int, block_tokens: int = BLOCK_TOKE
 
     Keeps the count, and within blocks the runs that neighbouring tokens' likeness makes; all layers of a document get
     one permutation, drawn from (seed, document), so that what layers have in common stays too: blocks of 1 token keep
-    that alone (a token that several layers send to Mamba may cost more than the same cells spread over tokens). Blocks
-    start at position 0; the last, short one is moved like any other, and those behind it then start early. A document
-    of one block comes out as it went in.
-
-    Raises ValueError for masks that are not hard, layers fed at different positions, and a block size below 1.
+    that alone (a token that several layers send to Mamba may cost more than the same cells spread over tokens).
+    Raises ValueError for masks that are not hard, and layers fed at different positions.
     """
-    if block_tokens < 1:
-        raise ValueError(f"block_tokens is {block_tokens}; a block holds at least 1 token")
     control = {}
     for document, layers in masks.items():
         control[document] = {}
@@ -125,13 +108,10 @@ def block_shuffled_masks(masks: Masks, seed: int, block_tokens: int = BLOCK_TOKE
 def other_document_masks(masks: Masks, scores: Masks, seed: int = 0) -> dict[str, dict[int, np.ndarray]]:
     """The gate's decisions in another document, at the same positions.
 
-    masks, scores: what the gate did and its scores (`GateRecord.shares` and `.scores`). The donor (`donor_documents`)
-    is one of nearly the same length, the same for all layers; its end is cut off, or it starts over at its beginning
-    where it is shorter. Then the count is restored by moving the donor's threshold: its highest scores among the tokens
-    taken go to Mamba, those that its gate had sent there first among equal ones, then by the hash. So where the counts
-    agree anyway, the mask is the donor's.
-
-    Raises ValueError for fewer than two documents, and as `scored_masks` does.
+    masks, scores: what the gate did and its scores (`GateRecord`). The donor (`donor_documents`) is one of nearly the
+    same length, the same for all layers; its end is cut off, or it starts over where it is shorter. The count is
+    restored by moving the donor's threshold: its highest scores among the tokens taken go to Mamba, those that its gate
+    had sent there first among equal ones, then by the hash. So where the counts agree anyway, the mask is the donor's.
     """
     lengths = {document: len(_fed_alike(layers, document)) for document, layers in masks.items()}
     donors = donor_documents(lengths, seed)
@@ -235,24 +215,20 @@ def collect_scores(
 ) -> dict[str, dict[str, dict[int, np.ndarray]]]:
     """Scores of the base model's tokens: name -> document id -> layer -> [N] float32, from one pass over the documents.
 
-    previous_surprisal: -log p(token at the position | tokens before it), nats: the token just read, before the one
-        that is to be predicted, so no hindsight; 0 at position 0, alike for all layers.
+    previous_surprisal: -log p(token at the position | tokens before it), nats: the token just read, so no hindsight; 0
+        at position 0, alike for all layers.
     hidden_norm, residual_norm: Euclidean norm of the layer's normed input, and of the residual stream before the norm.
     <source>_<measure> (ROUTER_SIGNALS): source previous is the router of layer l - 1, lookahead layer l's own router on
         the normed input of the layer, self layer l's router where it runs, after the attention. Measures of its
         post-ReLU activations: sparsity (`gates.sparsity`), entropy of the positive ones over their sum (nats, 0 where
         there are none), sum, and top (the largest).
-    attention_entropy: of the row of attention weights, nats, mean over heads. Grows with the position (at most log of
-        the number of keys). Attention runs eagerly meanwhile, so rounding may differ from a pass without it.
+    attention_entropy: of the row of attention weights, nats, mean over heads. Attention runs eagerly meanwhile.
     recall_error: Euclidean norm of attention(x) - mamba(x), x being the layer's normed input in the base model.
 
-    The windows are those of `text_data.score_windows`, one per forward (no padding, so no score depends on a batch);
-    a position that several of them hold counts as in the earliest, as in `GateRecord`. Attached sidecars must be
-    bypassed (`bypass_sidecars`); recall_error needs them on every layer named. Hooks, training mode and attention
-    implementation are put back, whatever happens. `progress` labels a progress bar over documents.
-
-    Raises ValueError for unknown names, layers that are not there, attached sidecars that are not bypassed, no or empty
-    documents, and models without what a score reads (a router, a sidecar, eager attention).
+    One window per forward, so no score depends on a batch; a position that several windows hold counts as in the
+    earliest, as in `GateRecord`. Attached sidecars must be bypassed; recall_error needs them on every layer named.
+    Raises ValueError for unknown names, layers that are not there, attached sidecars that are not bypassed, and models
+    without what a score reads (a router, a sidecar, eager attention).
     """
     _check_request(model, layers, names)
     lengths = {document.id: len(document.ids) - 1 for document in token_documents}

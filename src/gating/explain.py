@@ -71,9 +71,7 @@ def _estimate(study: Study, documents: Sequence[TokenDocument], estimator: str, 
     """Sensitivity of the documents' cells to the sidecars that are attached."""
     shares = ESTIMATORS[estimator]
     each = max(1, samples // len(shares))
-    return sensitivity.fisher_sensitivity(
-        study.model, documents, *study.windows, each, shares, study.rule.seed, label
-    )  # fmt: skip
+    return sensitivity.fisher_sensitivity(study.model, documents, *study.windows, each, shares, study.rule.seed, label)
 
 
 def sensitivity_depends(study: Study, sidecars: SidecarSet, estimator: str, budget: Budget) -> dict:

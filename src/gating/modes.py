@@ -31,15 +31,12 @@ BASELINE = dict(zip(MODE_COLUMNS, ("none", "none", False, "none", None, "", "", 
 class Mode:
     """A deployable gate to measure, and what it is compared with.
 
-    Attributes:
-        name: the mode's name in tables.
-        gate: the gate, not calibrated.
-        share: the mean Mamba share asked for; None for an uncalibrated threshold.
-        threshold: `own` (each layer has one, calibrated), `shared` (one for all layers), or `fixed` (not calibrated).
-        variant: what tells it from the gate of its kind that leads the share; "" for that gate itself.
-        against: the name of the random control that its `vs_random` compares it with.
-        recipes: controls to match to it, of `controls.CONTROLS` or a name that the caller's scores know.
-        all_draws: whether controls that are drawn at random have a run for each mask seed, or one.
+    name: in tables. gate: not calibrated. share: the mean Mamba share asked for; None for an uncalibrated threshold.
+    threshold: `own` (each layer has one, calibrated), `shared` (one for all layers), or `fixed` (not calibrated).
+    variant: what tells it from the gate of its kind that leads the share; "" for that gate itself.
+    against: the name of the random control that its `vs_random` compares it with.
+    recipes: controls to match to it, of `controls.CONTROLS` or a name that the caller's scores know.
+    all_draws: whether controls that are drawn at random have a run for each mask seed, or one.
     """
 
     name: str
@@ -71,16 +68,8 @@ class Mode:
 
     def control_columns(self, recipe: str, share: float) -> dict:
         """The columns of a control matched to it; `share` is the one that it has."""
-        return BASELINE | {
-            "kind": "control",
-            "gate": recipe,
-            "hard": True,
-            "recipe": recipe,
-            "matched_to": self.name,
-            "cheap_path": "mamba",
-            "uses_document": True,
-            "share_target": share,
-        }
+        columns = {"kind": "control", "gate": recipe, "hard": True, "recipe": recipe, "matched_to": self.name}
+        return BASELINE | columns | {"cheap_path": "mamba", "uses_document": True, "share_target": share}
 
     def control_name(self, recipe: str) -> str:
         """The name of a control matched to it: `control_random_0.5`, `control_random_lookahead_0.5`."""
@@ -125,14 +114,11 @@ def gate_modes(
 ) -> list[Mode]:
     """All modes of the main set of sidecars, per share the leading gate first.
 
-    Args:
-        arguments: shares, signal, threshold, temperature, temperatures and seed, as flags have them.
-        leader: what the leading, hard gate goes by (of LEADERS). For None fixed alpha leads, whose random control has
-            as many tokens as its shares sum to.
-        learned: whether there is a learned gate.
-        main_share: the share of the verdict, at which the variants stand.
-        main_recipes, other_recipes: controls matched to the leading gate at that share, and at the others.
-        shared_threshold: also the routing gate with one threshold for all layers.
+    arguments: shares, signal, threshold, temperature, temperatures and seed, as flags have them. leader: what the
+    leading, hard gate goes by (of LEADERS). For None fixed alpha leads, whose random control has as many tokens as its
+    shares sum to. learned: whether there is a learned gate. main_recipes: controls matched to the leading gate at
+    main_share, the verdict's, at which the variants stand too; other_recipes: those at the other shares.
+    shared_threshold: also the routing gate with one threshold for all layers.
     """
     modes = []
     for share in arguments.shares:
@@ -192,15 +178,12 @@ def _with_own_random(mode: Mode) -> Mode:
 def further_modes(modes: Sequence[Mode], share: float, explained: bool) -> list[Mode]:
     """What the further sets of sidecars measure: hard routing against random and its own shuffled decisions, and fixed
     alpha, at `share`; where the answer is explained at every share, with the oracle, and the learned gate too."""
-    kept = [*DRAWN, "oracle"] if explained else DRAWN
-    leading = [mode for mode in modes if mode.gate.mode == "routing" and mode.gate.hard and mode.variant == ""]
-    fixed = [mode for mode in modes if mode.gate.mode == "fixed"]
-    wanted = [mode for mode in leading + fixed if explained or mode.share == share]
-    learned = [mode for mode in modes if explained and mode.gate.mode == "learned" and mode.share == share]
-    chosen = [
-        replace(mode, recipes=tuple(recipe for recipe in mode.recipes if recipe in kept))
-        for mode in wanted
-        if mode in leading
-    ]
-    plain = [mode for mode in modes if mode in learned or (mode in wanted and mode in fixed)]
-    return chosen + plain
+    leading, plain = [], []
+    for mode in modes:
+        kind, wanted = mode.gate.mode, explained or mode.share == share
+        if kind == "routing" and mode.gate.hard and mode.variant == "" and wanted:
+            kept = [recipe for recipe in mode.recipes if recipe in DRAWN or (explained and recipe == "oracle")]
+            leading.append(replace(mode, recipes=tuple(kept)))
+        elif (kind == "fixed" and wanted) or (kind == "learned" and explained and mode.share == share):
+            plain.append(mode)
+    return leading + plain

@@ -1,10 +1,5 @@
 """What a small gate could know: probes that predict a cell's sensitivity from what the model has computed before it.
 
-    features = collect_features(model, calibration, layers, "router", max_seq_len, stride)
-    probe = fit_probe(features, fisher_sensitivity(model, calibration, ...), "linear", seed=0)
-    scores = predict_scores(probe, collect_features(model, evaluation, layers, "router", max_seq_len, stride))
-    masks = controls.scored_masks(record.shares, scores, largest=False)     # the cells that need attention least
-
 A probe's score looks at no later token, as a deployable gate's. Its masks are offline controls all the same
 (`control_probe_<source>_<kind>_<share>`): their counts are those of the gate they are matched to. Beside each other,
 the "router" and the "hidden" rows of `gap_rows` say how much of what the layer's input tells is already in the router.
@@ -71,28 +66,14 @@ def collect_features(
     max_seq_len: int,
     stride: int,
     progress: str | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> Features:
-    """What a gate of layer l may look at, for every input position: document id -> layer -> [N, F].
+    """What a gate of layer l may look at, for every input position: document id -> layer -> [N, F] float32.
 
     source "router": the router activations of layer l - 1 (F = E), which are computed before layer l's attention runs;
     "hidden": the normed input of layer l's attention (F = D). Both are those of the base model: attached sidecars are
-    bypassed. The windows are those of `text_data.score_windows`, one per forward; a position that several of them hold
-    counts as in the earliest, as in `controls.collect_scores`.
-
-    Memory: (sum of N) * F * len(layers) values of `dtype` (torch.float32 or torch.float16) on the host: 4 layers of
-    25,000 tokens and D = 256 take 0.1 GB in float32. float16 halves that, but turns values above 65,504 into infinity,
-    which fitting refuses.
-    Hooks and training mode are put back, whatever happens. `progress` labels a progress bar over documents.
-    Raises ValueError for an unknown source, layers that are not there or (source "router") have no router before them,
-    and no or empty documents.
+    bypassed. Windows as in `controls.collect_scores`. Memory: 4 layers of 25,000 tokens and D = 256 take 0.1 GB.
+    Raises ValueError for layers that have no router before them (source "router").
     """
-    if source not in SOURCES:
-        raise ValueError(f"source is {source!r}; choose one of {', '.join(SOURCES)}")
-    blocks = decoder_layers(model)
-    for layer in layers:
-        if not 0 <= layer < len(blocks):
-            raise ValueError(f"layer {layer} is not there: the model has layers 0 to {len(blocks) - 1}")
     parts: dict[str, dict[int, list[np.ndarray]]] = {}
     base = bypass_sidecars(model) if is_attached(model) else nullcontext()
     with torch.no_grad(), evaluation_mode(model), base, _watching(model, layers, source) as seen:
@@ -100,7 +81,7 @@ def collect_features(
             model.model(input_ids=reading.input_ids, use_cache=False)
             own = parts.setdefault(reading.document.id, {layer: [] for layer in layers})
             for layer, values in own.items():
-                values.append(seen[layer][reading.new :].to(dtype).cpu().numpy())
+                values.append(seen[layer][reading.new :].float().cpu().numpy())
     return {
         document: {layer: np.concatenate(values) for layer, values in own.items()} for document, own in parts.items()
     }
@@ -138,24 +119,17 @@ def _watching(model: nn.Module, layers: Sequence[int], source: str):
 def fit_probe(features: Features, sensitivity: Cells, kind: str, seed: int = 0, progress: str | None = None) -> Probe:
     """Fit one regression per layer of `features`, from [N, F] to the rank of the cells' sensitivity.
 
-    The target is the rank of log sensitivity among all tokens of the layer, ties sharing their mean rank, scaled to
-    0 .. 1. A mask with fixed counts per layer needs the order of the cells and nothing else, and ranks do not let the
-    few largest of a heavy-tailed quantity decide the fit. (The logarithm does not change ranks, so none is taken, and
-    cells of sensitivity 0 do no harm.)
+    The target is the rank of sensitivity among all tokens of the layer, ties sharing their mean rank, scaled to 0 .. 1:
+    a mask with fixed counts per layer needs the order of the cells and nothing else, and ranks do not let the few
+    largest of a heavy-tailed quantity decide the fit.
 
     "linear": ridge regression, its alpha (RIDGE_ALPHAS) chosen by cross-validation over FOLDS groups of documents, then
     fitted to all. "mlp": HIDDEN_UNITS ReLU units, trained on 80 % of the documents; of all NETWORK_ALPHAS and epochs
     the network with the smallest squared error on the other documents is kept, and training stops PATIENCE epochs after
-    each alpha's best. Splits are by document, never by token: neighbouring tokens are alike, so a split by token would
-    reward remembering documents. Inputs are standardised.
-
-    features, sensitivity: the same documents and layers, [N, F] and [N]. seed: of the network's split, weights and
-    batches. Memory: about three float32 copies of one layer's features. `progress` labels a bar over layers.
-    Raises ValueError for an unknown kind, fewer than two documents, sensitivity that is missing, of another length or
-    not finite, and features that are not finite.
+    each alpha's best. Splits are by document: neighbouring tokens are alike, so a split by token would reward
+    remembering documents. Inputs are standardised. seed: of the network's split, weights and batches. Raises ValueError
+    for fewer than two documents, and sensitivity or features that are missing or not finite.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}")
     if len(features) < 2:
         raise ValueError(f"a probe is fitted across documents; {len(features)} given, at least 2 are needed")
     regressors, chosen = {}, {}
@@ -172,14 +146,9 @@ def fit_probe(features: Features, sensitivity: Cells, kind: str, seed: int = 0, 
 def predict_scores(probe: Probe, features: Features) -> Cells:
     """The predicted rank of every cell's sensitivity, document id -> layer -> [N] float32; the larger, the more it is
     worth to keep its attention: use `controls.scored_masks(shares, scores, largest=False)`.
-
-    Raises ValueError for layers that the probe was not fitted for, and features of another size F or not finite.
     """
     scores: Cells = {}
     for document, layers in features.items():
-        unknown = sorted(set(layers) - set(probe.regressors))
-        if unknown:
-            raise ValueError(f"the probe knows layers {sorted(probe.regressors)}, not layer {unknown[0]}")
         scores[document] = {
             layer: probe.regressors[layer].predict(inputs.astype(np.float32)).astype(np.float32)
             for layer, inputs in layers.items()
@@ -228,11 +197,9 @@ def gap_closed(
 
     Each [N]: sums of NLL per document (nats) at the same share. Percentile interval over documents, which are resampled
     with all three sums together. Resamples in which the oracle does not beat random have no meaningful ratio; they
-    count as below every value for the lower limit and above every value for the upper one.
-
-    NaN for all three where the oracle does not beat random: there is no gap to close. NaN limits where so many
-    resamples have none that a limit would be infinite (for 95 %, from 2.5 % of them on).
-    Raises ValueError for unequal shapes, values that are not finite, and fewer than two documents.
+    count as below every value for the lower limit and above every value for the upper one. NaN for all three where the
+    oracle does not beat random; NaN limits where so many resamples have no gap that a limit would be infinite.
+    Raises ValueError for values that are not finite, and fewer than two documents.
     """
     random, gate, oracle = (np.asarray(values, dtype=np.float64) for values in (nll_random, nll_gate, nll_oracle))
     gains = np.stack((random - gate, random - oracle), axis=1)  # [N, 2]
@@ -257,13 +224,9 @@ def within_layer_correlation(
 ) -> stats.Interval:
     """Spearman's rank correlation of predicted and estimated sensitivity within layers, documents resampled.
 
-    Layers are pooled after ranking (the strata of `stats.partial_rank_correlation`): each layer's values become their
-    ranks among all tokens of the layer, over the number of tokens, and all cells are correlated together. So
-    differences between layers count for nothing, and every cell counts once: with as many tokens in every layer, and no
-    ties, it is the mean of the layers' correlations.
-
-    predicted, sensitivity: document id -> layer -> [N]; the documents and layers are those of `predicted`.
-    Raises ValueError for what is missing or of another length, and as `stats.partial_rank_correlation` does.
+    Layers are pooled after ranking (the strata of `stats.partial_rank_correlation`), so differences between layers
+    count for nothing, and every cell counts once. predicted, sensitivity: document id -> layer -> [N]; the documents
+    and layers are those of `predicted`. Raises ValueError for what is missing or of another length.
     """
     lengths = {document: {layer: len(v) for layer, v in layers.items()} for document, layers in predicted.items()}
     parts = []
@@ -292,17 +255,11 @@ def gap_rows(
 ) -> list[dict]:
     """Rows of probe_gap.csv, one per probe and share: how much of the gap from random to oracle each gate closes.
 
-    Intervals are over documents: what other sets of sidecars would change is not in them.
-
-    tables: mode -> sums per document (`study.document_table`; seeds averaged, `study.mean_table`), at least
-        `control_random_<share>`, `control_oracle_<share>` and `probe_mode(probe, share)` of every probe and share.
-    predicted: name -> scores on the evaluation text that grow with the predicted sensitivity: PROBES, `learned` and
-        `routing_hard` (for these two the negated gate score, which grows with the mamba share).
-    sensitivity: estimated on the evaluation text (`fisher_sensitivity`).
-
-    Columns: probe, share, gap_closed with ci_low and ci_high (`gap_closed`: NaN where the oracle does not beat random,
-    or not clearly), rho with rho_low and rho_high (`within_layer_correlation`: the same for all shares of a probe).
-    Raises ValueError for a mode that is missing, tables of different documents, and as those two functions do.
+    tables: mode -> sums per document (seeds averaged), with `control_random_<share>`, `control_oracle_<share>` and
+    `probe_mode(probe, share)` of every probe and share. predicted: name -> scores on the evaluation text that grow with
+    the predicted sensitivity: PROBES, `learned` and `routing_hard` (for these two the negated gate score). sensitivity:
+    estimated on the evaluation text. Intervals are over documents: what other sets of sidecars would change is not in
+    them. Raises ValueError for a mode that is missing and tables of different documents.
     """
     rows = []
     for probe, scores in predicted.items():
@@ -317,7 +274,7 @@ def gap_rows(
                 raise ValueError(f"the tables of {', '.join(modes)} differ in their documents or the order of them")
             sums = [tables[mode]["nll"].to_numpy() for mode in modes]
             gap = gap_closed(*sums, resamples, seed, level)
-            row = {"probe": probe, "share": share, "gap_closed": gap.estimate, "ci_low": gap.low, "ci_high": gap.high}
+            row = {"probe": probe, "share": share, **gap.columns("gap_closed")}
             rows.append(row | {"rho": rho.estimate, "rho_low": rho.low, "rho_high": rho.high})
     return rows
 

@@ -6,17 +6,9 @@
     names        made-up names introduced early in running text; later the first token of some of them, the rest asked
 
 Associative recall with several queries is from Arora et al. (2023, arXiv 2312.04927), the passkey from Mohtashami and
-Jaggi (2023, arXiv 2305.16300), repeated random spans from Olsson et al. (2022, arXiv 2209.11895).
-
-    examples = [e for task in TASKS.values() for e in task(tokenizer, 512, 16, 0, documents)]
-    baseline = score_recall(model, examples)
-    ...                                                   # attach sidecars, set a gate
-    with record_gates(model) as record:
-        table = score_recall(model, examples, on_batch=attachment_of(model).on_batch)
-    rows = recall_rows(table, baseline, {"mode": "routing_hard_0.5"}, realised_shares(table, record.shares))
-
-Scoring is teacher-forced: an answer token is right where it is the arg-max of the logits before it. `chance` is the
-accuracy of a reader who knows all but where to look: of a blind pick among the tokens that could be the answer.
+Jaggi (2023, arXiv 2305.16300), repeated random spans from Olsson et al. (2022, arXiv 2209.11895). Scoring is
+teacher-forced: an answer token is right where it is the arg-max of the logits before it. `chance` is the accuracy of a
+reader who knows all but where to look: of a blind pick among the tokens that could be the answer.
 """
 
 import re
@@ -186,13 +178,8 @@ def score_recall(
     """One row per example, in their order: document (its id), task, length, answers, right (how many), chance.
 
     Examples of one length go together, at most `batch_size` of them and BATCH_TOKENS tokens, so there is no padding.
-    The model reads ids[:-1], as in `score_documents`, and `on_batch` is told so before each forward. `progress` labels
-    a progress bar; None shows none. Raises ValueError for no examples and a batch size below 1.
+    The model reads ids[:-1], as in `score_documents`, and `on_batch` is told so before each forward.
     """
-    if not examples:
-        raise ValueError("there is no recall example to score")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     device = model_device(model)
     by_length: dict[int, list[int]] = {}
     for index, example in enumerate(examples):
@@ -250,18 +237,10 @@ def recall_rows(
 ) -> list[dict]:
     """Rows of recall_results.csv for one mode: one per task and length, in the table's order.
 
-    Args:
-        table, baseline: of `score_recall`, on the same examples; `right` may be a mean over seeds.
-        columns: the mode's name and columns, which each row carries.
-        realised: of `realised_shares`; what is not there is 0.
-        resamples, seed, level: of the bootstrap over examples; the interval of a single one is NaN.
-
-    Returns:
-        Rows with accuracy = right / answers, vs_baseline, the paired difference to the baseline's, and chance, the mean
-        over examples weighted with their answers.
-
-    Raises:
-        ValueError: where the tables hold other examples.
+    table, baseline: of `score_recall`, on the same examples; `right` may be a mean over seeds. columns: the mode's name
+    and columns, which each row carries. realised: of `realised_shares`; what is not there is 0. accuracy is right /
+    answers, vs_baseline the paired difference to the baseline's, chance the mean over examples weighted with their
+    answers; intervals are over examples, NaN for a single one. Raises ValueError where the tables hold other examples.
     """
     if table["document"].tolist() != baseline["document"].tolist():
         raise ValueError("recall can be compared on the same examples in the same order only; these tables differ")
@@ -283,12 +262,8 @@ def recall_rows(
                 "share_realised": realised.get((task, int(length)), 0.0),
                 "examples": len(cell),
                 "answers": int(answers.sum()),
-                "accuracy": accuracy.estimate,
-                "ci_low": accuracy.low,
-                "ci_high": accuracy.high,
-                "vs_baseline": difference.estimate,
-                "vs_baseline_ci_low": difference.low,
-                "vs_baseline_ci_high": difference.high,
+                **accuracy.columns("accuracy"),
+                **difference.columns("vs_baseline", "vs_baseline_"),
                 "chance": float(cell["chance"] @ answers / answers.sum()),
             }
         )

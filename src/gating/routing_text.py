@@ -316,7 +316,7 @@ def correlation_table(record: RoutingRecord, resamples: int, seed: int = 0, leve
         row = {"layer": layer, "covariate": name, "tokens": len(ids), "rho": None, "ci_low": None, "ci_high": None}
         if len(record.tokens) > 1 and np.ptp(sparsity[layer]) > 0 and np.ptp(covariates[name]) > 0:
             result = rank_correlation(sparsity[layer], covariates[name], clusters, resamples, seed, level)
-            row |= {"rho": result.estimate, "ci_low": result.low, "ci_high": result.high}
+            row |= result.columns("rho")
         table.append(row)
     return table
 
@@ -371,5 +371,5 @@ def _ratio(name: str, pairs: np.ndarray, resamples: int, seed: int, level: float
     row = {name: pairs[:, 0].sum() / total if total else None, f"{name}_ci_low": None, f"{name}_ci_high": None}
     if np.count_nonzero(pairs[:, 1]) > 1:
         interval = cluster_bootstrap(pairs[:, 0], pairs[:, 1], resamples, seed, level)
-        row |= {f"{name}_ci_low": interval.low, f"{name}_ci_high": interval.high}
+        row |= interval.columns(name, f"{name}_")
     return row

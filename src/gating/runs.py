@@ -44,14 +44,11 @@ TARGET = "target"  # what runs on the layers asked for are filed under
 class Study:
     """What the runs of one script share.
 
-    Attributes:
-        session: model, text and what earlier runs kept.
-        sets: sets of sidecars, the main one first, all on the same layers.
-        rule: the rule of the verdict.
-        mask_seeds: seeds of the masks that are drawn at random.
-        rows, tables: what every run measured, and its sums per document, by the run's name.
-        calibrated: gates by (mode, sidecar seed, layers), so that none is calibrated twice.
-        scores_depend: recipe -> what a control's scores depend on, where they are estimates (see explain.py).
+    session: model, text and what earlier runs kept. sets: sets of sidecars, the main one first, all on the same layers.
+    rule: the rule of the verdict. mask_seeds: seeds of the masks that are drawn at random. rows, tables: what every run
+    measured, and its sums per document, by the run's name. calibrated: gates by (mode, sidecar seed, layers), so that
+    none is calibrated twice. scores_depend: recipe -> what a control's scores depend on, where they are estimates
+    (explain.py).
     """
 
     session: Session

@@ -7,20 +7,15 @@ estimates all cells of a text at once: with m the Mamba shares of the cells and 
     KL(p at m || p at m + e) = e' F e / 2 + O(|e|^3),        F_cc = E over y ~ p of (d log p(y) / d m_c)^2
 
 where F is the Fisher information (Kullback 1959, Information Theory and Statistics, chapter 2; Martens 2020,
-arXiv 1412.1193, section 5). The expectation is over labels that the model itself draws. With the text's own next tokens
-in their place it would be another matrix (Kunstner et al. 2019, arXiv 1905.12558) and, as a gate, hindsight: that is
-`control_hindsight`, and never the oracle.
+arXiv 1412.1193, section 5). The labels y are drawn from the model. With the text's own next tokens in their place it
+would be another matrix (Kunstner et al. 2019, arXiv 1905.12558) and, as a gate, hindsight: `control_hindsight`.
 
-Everything here works on the layers whose sidecars are attached, and in the windows of `eval_utils.score_documents`:
-each predicted token counts once, and a cell that several windows hold is charged for what it does in each of them.
-Results map document id -> layer -> [N], one value per input position 0 .. N - 1 (N = ids - 1), as `MaskGate` and
-`GateRecord` do. `controls.scored_masks(shares, sensitivity, largest=False)` makes masks of the cheapest cells of them:
-`control_oracle_<share>`, and `control_hindsight_<share>` of `control_hindsight`.
+Cells are those of the layers with sidecars, document id -> layer -> [N], one value per input position 0 .. N - 1
+(N = ids - 1). Each predicted token counts once; a cell is charged for what it does in every window that holds it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,28 +25,20 @@ from torch import nn
 from src.base import stats
 from src.base.text_data import TokenDocument, Window
 from src.eval_utils import kept_logits
-from src.hybrid.gates import MaskGate, check_alpha, document_key
+from src.hybrid.gates import MaskGate, document_key
 from src.hybrid.layer import attachment_of, bypass_sidecars
 from src.models.windows import evaluation_mode, read_windows
 
 # document id -> layer -> [N]
 Cells = dict[str, dict[int, np.ndarray]]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Spearman's rank correlation of estimate and intervention over cells, with intervals over documents."""
-
-    pooled: stats.Interval
-    per_layer: dict[int, stats.Interval]
+CELLS_PER_BATCH = 8  # of `intervention_kl`, each a row of tokens
 
 
 @contextmanager
 def mamba_shares(model: nn.Module, shares: Mapping[int, torch.Tensor | float]) -> Iterator[None]:
     """Inside, each attached layer mixes with the share given: a tensor [B, T] (gradients flow through it) or a float.
 
-    A float of 0 spares the layer its sidecar. The model's own gate is put back afterwards.
-    Raises ValueError unless `shares` names exactly the attached layers.
+    A float of 0 spares the layer its sidecar. Raises ValueError unless `shares` names exactly the attached layers.
     """
     attachment = attachment_of(model)
     if sorted(shares) != attachment.layers:
@@ -76,15 +63,11 @@ def fisher_cells(
 ) -> dict[int, np.ndarray]:
     """layer -> [B, T] float64: mean over sampled label sequences of (d log-likelihood / d share)^2, nats.
 
-    input_ids [B, T]: rows without padding. keep [B, T] bool: the positions whose next token counts. base_share: the
-    share, in all attached layers and for all tokens, at which labels are drawn and the derivative is taken. generator:
-    on the CPU, for the same draws on every device. A sequence's log-likelihood sums over positions; given the text, its
-    labels are independent and their scores have mean 0, so the square's expectation is F_cc.
-
-    Cost: one forward with its graph and `samples` backwards from the head down to the lowest attached layer, none of
-    them for weights. Memory: the activations of B * T tokens in the lowest attached layer and those above it, both
-    paths' where there is a sidecar, and about four float32 arrays of kept positions x V.
-    The standard error of one cell is about sqrt(2 / samples) of its value for a normal score, more with heavy tails.
+    input_ids [B, T]: rows without padding. keep [B, T] bool: the positions whose next token counts. base_share: where
+    labels are drawn and the derivative is taken. generator: on the CPU, for the same draws on every device. A
+    sequence's log-likelihood sums over positions; given the text, its labels are independent and their scores have mean
+    0, so the square's expectation is F_cc. Cost: one forward and `samples` backwards down to the lowest attached layer,
+    none of them for weights; memory: their activations, and about four float32 arrays of kept positions x V.
     """
     shares = {
         layer: torch.full(input_ids.shape, base_share, device=input_ids.device, requires_grad=True)
@@ -119,16 +102,9 @@ def fisher_sensitivity(
 
     F_cc / 2 estimates the cost of switching cell c, to second order around the base shares; their ranks are the same.
     The text is the model's input and no more: labels are drawn from the model, `samples` sequences per window and base
-    share, from (seed, document, window, base share) alone. A document's last token is not even read.
-
-    One window at a time: memory is that of `fisher_cells` for `max_seq_len` tokens whatever the documents, cost is its
-    cost times windows times base shares. `progress` labels a progress bar over documents.
-    Raises ValueError for no documents, samples < 1, no base share or one outside [0, 1], a stride outside
-    1 .. max_seq_len and a model without sidecars.
+    share, from (seed, document, window, base share) alone. A document's last token is not even read. One window at a
+    time; `progress` labels a progress bar over documents.
     """
-    if samples < 1:
-        raise ValueError(f"samples is {samples}; draw at least 1 label sequence")
-    _check_base_shares(base_shares)
 
     def squares(document: TokenDocument, window: Window, input_ids: torch.Tensor, keep: torch.Tensor):
         for index, base_share in enumerate(base_shares):
@@ -152,10 +128,8 @@ def control_hindsight(
 
     It has seen the answers, so a gate made of it gains by hindsight, far below what attention is worth in expectation
     (negative values: Mamba happens to guess better). A control under this name only; the oracle is
-    `fisher_sensitivity`. Cost and memory: one forward and one backward per window and base share, as in `fisher_cells`.
-    Raises ValueError as `fisher_sensitivity` does.
+    `fisher_sensitivity`.
     """
-    _check_base_shares(base_shares)
 
     def gradients(document: TokenDocument, window: Window, input_ids: torch.Tensor, keep: torch.Tensor):
         targets = torch.as_tensor(document.ids[window.first_scored : window.stop]).to(input_ids.device)
@@ -181,23 +155,15 @@ def intervention_kl(
     max_seq_len: int,
     stride: int,
     share: float = 1.0,
-    batch_size: int = 8,
 ) -> np.ndarray:
     """KL(base model || hybrid with this one cell at `share`) per cell, nats, float64 [C].
 
     cells: C pairs (layer, input position). share 1 switches the cell to Mamba; all others stay with attention. The KL
-    is summed over the predictions from the cell's own position on; earlier ones cannot change.
-
-    Cost: per cell one forward of each window that holds it, with the sidecar of the cell's layer alone, `batch_size`
-    cells of one layer at a time. Memory: logits of batch_size * max_seq_len positions at most, and three float64 arrays
-    of max_seq_len x V.
-    Raises ValueError for a cell outside the attached layers or the document, a share outside [0, 1], batch_size < 1 and
-    a stride outside 1 .. max_seq_len.
+    is summed over the predictions from the cell's own position on; earlier ones cannot change. Cost: per cell one
+    forward of each window that holds it, CELLS_PER_BATCH cells of one layer at a time.
+    Raises ValueError for a cell outside the attached layers or the document.
     """
     attachment, length = attachment_of(model), len(document.ids) - 1
-    check_alpha(share)
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     for layer, position in cells:
         if layer not in attachment.layers or not 0 <= position < length:
             raise ValueError(
@@ -213,7 +179,7 @@ def intervention_kl(
                 continue
             with bypass_sidecars(model):
                 base = _log_probs(kept_logits(model, input_ids, torch.ones_like(input_ids), keep))
-            for chosen in _by_layer(cells, inside, batch_size):
+            for chosen in _by_layer(cells, inside):
                 layer = cells[chosen[0]][0]
                 columns = torch.tensor([cells[i][1] - window.start for i in chosen], device=input_ids.device)
                 rows = torch.arange(len(chosen), device=input_ids.device)
@@ -255,28 +221,23 @@ def agreement(
     documents: Sequence[str],
     resamples: int = 1_000,
     seed: int = 0,
-) -> Agreement:
-    """Rank correlation of two values per cell, over all cells and within each layer, intervals by document bootstrap.
+) -> dict[str | int, stats.Interval]:
+    """Rank correlation of two values per cell, over "all" cells and within each layer, intervals by document bootstrap.
 
-    All arguments [C]: a cell's estimate, its measured KL, its layer and its document. The pooled figure also counts
-    that layers differ; the figures per layer are what a mask with fixed counts per layer depends on.
-    Raises ValueError as `stats.rank_correlation` does (fewer than two documents, constant values), also for any layer.
+    All arguments [C]: a cell's estimate, its measured KL, its layer and its document. The figure of all cells also
+    counts that layers differ; those per layer are what a mask with fixed counts per layer depends on. Raises ValueError
+    as `stats.rank_correlation` does (fewer than two documents, constant values), also for any layer.
     """
     estimates, interventions = np.asarray(estimates, dtype=np.float64), np.asarray(interventions, dtype=np.float64)
     layers, documents = np.asarray(layers), np.asarray(documents)
-    if not len(estimates) == len(interventions) == len(layers) == len(documents):
-        raise ValueError(
-            f"one value per cell is needed; got {len(estimates)} estimates, {len(interventions)} interventions, "
-            f"{len(layers)} layers and {len(documents)} documents"
-        )
 
     def correlation(cells: np.ndarray) -> stats.Interval:
         return stats.rank_correlation(
             estimates[cells], interventions[cells], documents[cells], resamples=resamples, seed=seed
         )
 
-    pooled = correlation(np.ones(len(layers), dtype=bool))
-    return Agreement(pooled, {int(layer): correlation(layers == layer) for layer in np.unique(layers)})
+    chosen = {"all": np.ones(len(layers), dtype=bool)} | {int(layer): layers == layer for layer in np.unique(layers)}
+    return {layer: correlation(cells) for layer, cells in chosen.items()}
 
 
 # -- windows
@@ -303,12 +264,12 @@ def _sum_over_windows(
     return result
 
 
-def _by_layer(cells: Sequence[tuple[int, int]], chosen: list[int], size: int) -> Iterator[list[int]]:
-    """Indices `chosen` into the cells in batches of at most `size`, each of one layer."""
+def _by_layer(cells: Sequence[tuple[int, int]], chosen: list[int]) -> Iterator[list[int]]:
+    """Indices `chosen` into the cells in batches of at most CELLS_PER_BATCH, each of one layer."""
     for layer in sorted({cells[i][0] for i in chosen}):
         same = [i for i in chosen if cells[i][0] == layer]
-        for first in range(0, len(same), size):
-            yield same[first : first + size]
+        for first in range(0, len(same), CELLS_PER_BATCH):
+            yield same[first : first + CELLS_PER_BATCH]
 
 
 def _log_probs(logits: torch.Tensor) -> torch.Tensor:
@@ -328,10 +289,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         finally:
             for parameter in trainable:
                 parameter.requires_grad_(True)
-
-
-def _check_base_shares(base_shares: Sequence[float]) -> None:
-    if not len(base_shares):
-        raise ValueError("base_shares is empty; give at least one share, such as 0.0")
-    for share in base_shares:
-        check_alpha(share)

@@ -1,13 +1,8 @@
 """Does a signal tell which cells need attention? Signals of all cells, their rank correlation with the sensitivity, and
-the estimates of the sensitivity against interventions, as rows of sensitivity_correlations.csv and
+the estimates of the sensitivity against interventions: rows of sensitivity_correlations.csv,
 sensitivity_validation.csv.
 
-    with bypass_sidecars(model):
-        signals = collect_signals(model, documents, layers, max_seq_len, stride)
-    rows = correlation_table(sensitivity, signals, documents, frequency, surprisal)
-
-A cell is a token at a layer; all values are document id -> layer -> [N] for input positions 0 .. N - 1, as in
-`sensitivity.Cells`.
+A cell is a token at a layer; all values are document id -> layer -> [N], as in `sensitivity.Cells`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,13 +32,9 @@ def collect_signals(
 ) -> dict[str, Cells]:
     """SIGNALS of the base model's tokens: name -> document id -> layer -> [N] float32, one forward per window.
 
-    <source>_<measure>: sparsity, entropy, sum and top of the router activations of source previous, lookahead or self,
-    as in `controls.collect_scores`; the sparsity is the very score of a routing gate. The number of active experts is
-    E * (1 - sparsity): its rank correlations are those of the sparsity with the sign turned, so it has no row.
-    discrepancy: Euclidean norm of attention(x) - mamba(x) (`recall_error` there).
-
-    The attached sidecars must be bypassed. Raises ValueError as `controls.collect_scores` does, for layer 0 too, which
-    has no previous router.
+    <source>_<measure> as in `controls.collect_scores`; the sparsity is the very score of a routing gate, and the number
+    of active experts, E * (1 - sparsity), would only turn its sign. discrepancy: Euclidean norm of attention(x) -
+    mamba(x) (`recall_error` there). The attached sidecars must be bypassed.
     """
     names = [*ROUTER_SIGNALS, "recall_error"]
     scores = collect_scores(model, token_documents, layers, names, max_seq_len, stride, progress)
@@ -62,17 +53,13 @@ def correlation_table(
     level: float = 0.95,
     progress: str | None = None,
 ) -> list[dict]:
-    """Rank correlation of every signal with the sensitivity, for all layers and for each: rows of
-    sensitivity_correlations.csv.
+    """Rank correlation of every signal with the sensitivity, for all layers and for each.
 
-    The layers are those of `sensitivity`. Layer `all` pools ranks taken within each layer, so that the layers' levels
-    do not count. partial_rho is partialled for position, token frequency (`controls.frequency_scores`) and the previous
-    token's surprisal (`controls.collect_scores`), and its ranks are taken within each document: documents whose tokens
-    are sparser and more sensitive throughout do not count, as they do not for gates that are compared at equal counts
-    per document. Intervals are over documents. p_value: of partial_rho, by block permutation; p_holm: over all rows, so
-    the smallest possible one is (number of rows) / (1 + permutations).
-
-    Raises ValueError for cells without a value, and as `stats.partial_rank_correlation` does.
+    Layer `all` pools ranks taken within each layer, so that the layers' levels do not count. partial_rho is partialled
+    for position, token frequency (`controls.frequency_scores`) and the previous token's surprisal, and its ranks are
+    taken within each document: documents whose tokens are sparser and more sensitive throughout do not count, as they
+    do not for gates compared at equal counts per document. Intervals are over documents. p_value: of partial_rho, by
+    block permutation; p_holm: over all rows, so the smallest possible one is (number of rows) / (1 + permutations).
     """
     layers = sorted(next(iter(sensitivity.values())))
     pairs = [(layer, name) for layer in ("all", *layers) for name in signals]
@@ -107,12 +94,8 @@ def correlation_table(
                 "signal": name,
                 "deployable": name in DEPLOYABLE,
                 "cells": len(x),
-                "rho": plain.estimate,
-                "ci_low": plain.low,
-                "ci_high": plain.high,
-                "partial_rho": partial.estimate,
-                "partial_ci_low": partial.low,
-                "partial_ci_high": partial.high,
+                **plain.columns("rho"),
+                **partial.columns("partial_rho", "partial_"),
                 "p_value": p_value,
             }
         )
@@ -128,15 +111,12 @@ def validation_table(
     resamples: int = 1_000,
     seed: int = 0,
 ) -> list[dict]:
-    """Rank correlation of every estimate with the measured KL, for all layers and for each, and what its masks cost:
-    rows of sensitivity_validation.csv.
+    """Rank correlation of every estimate with the measured KL, for all layers and for each, and what its masks cost.
 
-    interventions: document id -> {(layer, position): KL}, from `sensitivity.draw_cells` and `intervention_kl`. Layer
-    `all` pools ranks taken within each layer: what a mask with fixed counts per layer depends on. mask_kl, random_kl:
-    KL(base model || hybrid), nats per token, where the cells that matter least by an estimate go to Mamba, and where as
-    many random ones do; they stand in the rows of layer `all`. `chosen` marks the rows of `choose_estimator`.
-
-    Raises ValueError for no cells, a cell without an estimate, and as `sensitivity.agreement` does.
+    interventions: document id -> {(layer, position): KL}. Layer `all` pools ranks taken within each layer: what a mask
+    with fixed counts per layer depends on. mask_kl, random_kl: KL(base model || hybrid), nats per token, where the
+    cells that matter least by an estimate go to Mamba, and where as many random ones do; they stand in the rows of
+    layer `all`. `chosen` marks the rows of `choose_estimator`. Raises ValueError for a cell without an estimate.
     """
     if not any(interventions.values()):
         raise ValueError("there are no interventions to validate estimates with")
@@ -151,7 +131,7 @@ def validation_table(
         found = agreement(
             _within_layers(values, layers), _within_layers(kl, layers), layers, documents, resamples, seed
         )
-        for layer, interval in (("all", found.pooled), *found.per_layer.items()):
+        for layer, interval in found.items():
             inside = np.ones(len(layers), dtype=bool) if layer == "all" else layers == layer
             rows.append(
                 {
@@ -159,9 +139,7 @@ def validation_table(
                     "layer": layer,
                     "cells": int(inside.sum()),
                     "documents": len(np.unique(documents[inside])),
-                    "rho": interval.estimate,
-                    "ci_low": interval.low,
-                    "ci_high": interval.high,
+                    **interval.columns("rho"),
                     "mask_kl": mask_kl[name] if layer == "all" else float("nan"),
                     "random_kl": random_kl if layer == "all" else float("nan"),
                 }

@@ -73,9 +73,7 @@ def quality(table: pd.DataFrame, baseline: pd.DataFrame, bootstrap: stats.Bootst
         "perplexity": perplexity,
         "delta": perplexity - base,
         "pct_change": 100.0 * (perplexity / base - 1.0),
-        "delta_nll": difference.estimate,
-        "ci_low": difference.low,
-        "ci_high": difference.high,
+        **difference.columns("delta_nll"),
         "bits_per_byte": float(table["nll"].sum() / np.log(2) / table["num_bytes"].sum()),
         "kl": float(table["kl"].sum() / tokens) if measured else float("nan"),
         "top1_agreement": float(table["top1"].sum() / tokens) if measured else float("nan"),
@@ -119,7 +117,7 @@ def result_table(runs: pd.DataFrame, sums: pd.DataFrame, rule: Rule) -> pd.DataF
         row |= {"perplexity": perplexity, "delta": perplexity - base, "pct_change": 100 * (perplexity / base - 1)}
         same = stats.Interval(0.0, 0.0, 0.0)
         difference = same if mode == "baseline" else compare(sums, mode, "baseline", rule)
-        row |= {"delta_nll": difference.estimate, "ci_low": difference.low, "ci_high": difference.high}
+        row |= difference.columns("delta_nll")
         if first["control"] and seeds_of(sums, first["control"]):
             against = compare(sums, mode, first["control"], rule)
             row |= dict(zip(AGAINST, (against.estimate, against.low, against.high), strict=True))
@@ -143,7 +141,7 @@ def pair_table(sums: pd.DataFrame, results: pd.DataFrame, rule: Rule) -> pd.Data
             rows.append(
                 {
                     "mode": mode, "control": name, "recipe": control["recipe"], "share": share,
-                    "difference": difference.estimate, "ci_low": difference.low, "ci_high": difference.high,
+                    **difference.columns("difference"),
                     "p_value": p_value(sums, mode, name, rule), "sidecar_seeds": len(both),
                 }
             )  # fmt: skip

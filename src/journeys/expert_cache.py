@@ -1,28 +1,14 @@
 """What caching and prefetching experts would buy when they do not all fit into GPU memory. NumPy only.
 
 THEORY ONLY: nothing here is measured on a device. It counts which experts of a real trace a cache would have held and
-turns the rest into time. What is left out of it stands in docs/journeys.md.
+turns the rest into time. docs/journeys.md says what is left out, and states policies, prefetching and time in full.
 
     trace [T, L, K]      the experts of T tokens in the order of decoding, at L layers; -1 is padding
     predicted [T, L, P]  the experts that a predictor expects at layer l, told at layer l - hop, best first; -1 is none
 
-**Cache.** A cache keeps C experts per layer (scope "per_layer"), or C x L experts of any layers (scope "shared"), from
-one token to the next; it starts empty. A layer asks for its K experts at once: those that the cache holds then are
-hits, the others are loaded. Afterwards the cache keeps the C best of what it held and what was used: for lru the most
-recently used (within a token the stronger expert counts as the more recent), for lfu the most often used so far (of
-equals the more recent), for static the most frequent in other data, for belady those that are used again soonest, which
-needs the future. on_demand keeps nothing. Beside the cache there is room for the K experts at work and for hop x P on
-their way, whatever the policy: so C may be smaller than K.
-
-**Prefetch.** As in Eliseev and Mazur (2023, arXiv:2312.17238, section 3.2): over an LRU cache, the predicted experts
-that the cache does not hold are fetched into that extra room. Those that the layer then uses count as loaded; the
-others are dropped, and what was sent of them is wasted. So prefetching never spoils the cache.
-
-**Time.** One link of `bandwidth_gb_s` moves one expert at a time: load_ms = expert_bytes / bandwidth. A layer waits
-(stalls) until its missing experts are there, then computes for compute_ms, until the router input of the next layer is
-known. While it waits the link carries these demand loads; while it computes, prefetches in the order in which they were
-asked for: those for layer l + hop when layer l's router input is known. What has not arrived when it is needed is
-finished as a demand load.
+A cache keeps C experts per layer (scope "per_layer"), or C x L experts of any layers (scope "shared"), and starts
+empty. Beside it there is room for the K experts at work and for hop x P on their way, so C may be smaller than K and
+prefetching (Eliseev and Mazur 2023, arXiv:2312.17238, section 3.2; over an LRU cache) never spoils the cache.
 
     stall_ms = (loads that the layer waits for, parts of an expert included) x load_ms
     ms_per_token = L x compute_ms + stall_ms per token;  speedup = ms_per_token of on_demand / ms_per_token

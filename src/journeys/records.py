@@ -131,11 +131,7 @@ def identity(journeys: Journeys, source: Path) -> dict:
 
 
 def import_records(
-    path: Path,
-    limit: int | None = None,
-    strict: bool = False,
-    num_experts: int | None = None,
-    model: str = "imported",
+    path: Path, limit: int | None = None, strict: bool = False, num_experts: int | None = None, model: str = "imported"
 ) -> tuple[Journeys, ImportReport]:
     """Journeys from records, and what was left out.
 
@@ -143,13 +139,10 @@ def import_records(
     the layers are those that at least half as many journeys have as the most frequent one. Rows are sorted so that the
     strongest expert comes first.
 
-    Args:
-        path: a JSONL file of (token, layer) rows in any order; or a folder of `p<problem>_token_<idx>.jsonl`, or of
-            folders `<dataset>_tokens` that hold those. Rows of token files that lack dataset, problem_id or token_idx
-            take them from the names of folder and file.
-        limit: the first so many token files of each folder in string order (p0_token_10 before p0_token_2), which is
-            what the published notebook reads.
-        num_experts: E; None infers it (see `infer_num_experts`).
+    path: a JSONL file of (token, layer) rows in any order; or a folder of `p<problem>_token_<idx>.jsonl`, or of folders
+    `<dataset>_tokens` that hold those: names give what rows lack. limit: the first so many token files of each folder
+    in string order (p0_token_10 before p0_token_2), as the published notebook reads them. num_experts: E; None infers
+    it.
 
     Raises UserError where there is nothing or no complete journey, and with `strict` for any fault.
     """

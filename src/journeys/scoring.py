@@ -141,13 +141,11 @@ def study(
     """Fit and score the predictor `name` for each seed, under the split by problem and, if `with_rows`, by row.
 
     parts [P] from `problem_parts`: the same for all seeds, which change what is drawn in training and which cells the
-    row split draws. Returns by split, "problems" and "rows":
-        hits, bins: those of `total`, summed over seeds;
-        costs [3]: mean seconds of training, microseconds for a prediction, and parameters;
-        predicted [T, L, K] int16 (problems): the experts predicted with the first seed for the T test journeys in
-            order, best first; -1 is none;
-        paired [P, 3] (rows): right under the row split, right under the problem split, cells, all on the cells in
-            which the row split's test part meets the problem split's.
+    row split draws. Returns by split, "problems" and "rows": hits, bins: those of `total`, summed over seeds; costs
+    [3]: mean seconds of training, microseconds for a prediction, and parameters; predicted [T, L, K] int16 (problems):
+    the experts predicted with the first seed for the T test journeys in order, best first, -1 is none; paired [P, 3]
+    (rows): right under the row split, right under the problem split, and cells, all on the cells that are tested in
+    both.
     """
     runs: dict[str, list] = {}
     paired = np.zeros((len(parts), 3))

@@ -185,14 +185,8 @@ def run_main_with(statement):
     [
         ("raise errors.UserError('alpha is 2;\\n use 0 to 1')", "error: alpha is 2; use 0 to 1\n"),
         ("open('no/such/file')", "error: [Errno 2] No such file or directory: 'no/such/file'\n"),
-        (
-            "from src.base.text_data import load_documents; load_documents('x.y', 'z')",
-            None,
-        ),
-        (
-            "cli.Parser('d').parse_args(['--nope'])",
-            "error: unrecognized arguments: --nope (see -c --help)\n",
-        ),
+        ("from src.base.text_data import load_documents; load_documents('x.y', 'z')", None),
+        ("cli.Parser('d').parse_args(['--nope'])", "error: unrecognized arguments: --nope (see -c --help)\n"),
         ("raise MemoryError", "error: out of memory: MemoryError; try fewer --window-tokens or --device cpu\n"),
     ],
 )

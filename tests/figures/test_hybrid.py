@@ -131,23 +131,11 @@ def gated_hybrid():
                 {} if kind == "control_random" else dict(zip(empty, (gain, gain - 0.004, gain + 0.004), strict=True))
             )
             quality = _quality(0.12 * share + gain, 0.008)
-            rows.append(
-                {
-                    **gate_columns(f"{kind}_{share}"),
-                    "share_realised": share,
-                    **quality,
-                    **empty,
-                    **versus,
-                }
-            )
+            rows.append({**gate_columns(f"{kind}_{share}"), "share_realised": share, **quality, **empty, **versus})
     for temperature in (0.05, 0.2):
         versus = dict(zip(empty, (-0.012, -0.016, -0.008), strict=True))
         rows.append(
-            {
-                **gate_columns(f"routing_soft_0.5_t{temperature}"),
-                "share_realised": 0.5,
-                **_quality(0.05, 0.008),
-            }
+            {**gate_columns(f"routing_soft_0.5_t{temperature}"), "share_realised": 0.5, **_quality(0.05, 0.008)}
             | versus
         )
     rows.append({**gate_columns("routing_threshold"), "share_realised": 0.81, **_quality(0.1, 0.01), **empty})

@@ -105,10 +105,7 @@ def read(folders):
 FIGURES = {
     "expert_distribution": (journeys.plot_expert_distribution, ["expert_distribution.csv"]),
     "load_balance": (journeys.plot_load_balance, ["load_balance.csv"]),
-    "gate_confidence": (
-        journeys.plot_gate_confidence,
-        ["gate_confidence.csv", "gate_histogram.csv", "findings.json"],
-    ),
+    "gate_confidence": (journeys.plot_gate_confidence, ["gate_confidence.csv", "gate_histogram.csv", "findings.json"]),
     "transitions": (journeys.plot_transitions, ["transitions.npz"]),
     "affinity": (journeys.plot_affinity, ["affinity.npz"]),
     "correlation": (journeys.plot_correlation, ["correlation.npz"]),

@@ -236,9 +236,7 @@ def test_cache_curves_show_the_file(read):
     assert len(figure.axes) == 8 and "25 GB/s" in figure.get_suptitle()
     at = curves[curves["bandwidth_gb_s"] == 25]
     for axes, (scope, column) in zip(
-        figure.axes,
-        [(scope, column) for scope in predictors.SCOPES for column in predictors.CURVES],
-        strict=True,
+        figure.axes, [(scope, column) for scope in predictors.SCOPES for column in predictors.CURVES], strict=True
     ):
         found = lines(axes)
         factor = predictors.CURVES[column][1]

@@ -243,7 +243,6 @@ def test_the_check_names_what_differs(change, words):
         (lambda m, s: controls.scored_masks(m, {"d0": s["d0"]}), ["layer 1", "'d1'"]),
         (lambda m, s: controls.scored_masks(m, m | {"d2": {1: np.zeros(3)}}), ["'d2'", "(3,)", "100 positions"]),
         (lambda m, s: controls.scored_masks(m, s | {"d0": {1: np.full(70, np.nan)}}), ["not finite", "70 of 70"]),
-        (lambda m, s: controls.block_shuffled_masks(m, 0, 0), ["block_tokens is 0"]),
         (lambda m, s: controls.other_document_masks({"d0": m["d0"]}, s), ["no other document"]),
         (lambda m, s: controls.token_counts([], 5), ["no documents"]),
         (lambda m, s: controls.token_counts([SimpleNamespace(ids=np.array([1, 9]))], 5), ["token 9", "5"]),

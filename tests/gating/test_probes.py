@@ -112,15 +112,6 @@ def test_a_position_of_several_windows_counts_as_in_the_earliest(vanilla):
         np.testing.assert_allclose(got, want, **CLOSE)
 
 
-def test_float16_halves_the_memory(vanilla):
-    full, half = (
-        probes.collect_features(vanilla, [document_of(0, 20)], (1,), "hidden", 64, 64, dtype=dtype)["d0"][1]
-        for dtype in (torch.float32, torch.float16)
-    )
-    assert half.dtype == np.float16 and half.nbytes * 2 == full.nbytes
-    assert np.array_equal(half, full.astype(np.float16))
-
-
 def hooks(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
@@ -148,8 +139,6 @@ def test_collecting_refuses_what_it_cannot_read(vanilla):
         assert hooks(vanilla) == before
         return str(error.value)
 
-    assert "'magic'" in refused("magic") and "router, hidden" in refused("magic")
-    assert "layer 9" in refused(layers=(9,)) and "0 to 3" in refused(layers=(9,))
     assert "layer 0 has none" in refused("router", (0, 1))
     assert "no documents" in refused(documents=[])
     assert "'e'" in refused(documents=[TokenDocument("e", "x", np.array([1]), 0)])
@@ -287,13 +276,11 @@ def test_masks_of_a_probe_keep_attention_where_it_is_worth_most():
 @pytest.mark.parametrize(
     "build, words",
     [
-        (lambda f, s: probes.fit_probe(f, s, "forest"), ["'forest'", "linear, mlp"]),
         (lambda f, s: probes.fit_probe({"d0": f["d0"]}, s, "mlp"), ["1 given", "at least 2"]),
         (lambda f, s: probes.fit_probe(f, {"d0": s["d0"]}, "mlp"), ["layer 1", "'d1'", "150"]),
         (lambda f, s: probes.fit_probe(f, s | {"d2": {1: np.zeros(3)}}, "mlp"), ["'d2'", "150", "(3,)"]),
         (lambda f, s: probes.fit_probe(f, s | {"d2": {1: np.full(150, np.nan)}}, "mlp"), ["'d2'", "finite"]),
         (lambda f, s: probes.fit_probe(f | {"d1": {2: f["d1"][2]}}, s, "linear"), ["'d1'", "[2]", "[1, 2]"]),
-        (lambda f, s: probes.predict_scores(probes.fit_probe(f, s, "linear"), {"d": {7: f["d0"][1]}}), ["not layer 7"]),
         (lambda f, s: probes.fit_probe(f | {"d1": {k: v * np.nan for k, v in f["d1"].items()}}, s, "linear"), ["X "]),
     ],
 )

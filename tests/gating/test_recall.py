@@ -217,13 +217,6 @@ def test_scores_count_the_answers_that_a_plain_loop_counts(batch_size, monkeypat
     assert model.training and not any(model.modes)
 
 
-def test_what_cannot_be_scored():
-    with pytest.raises(ValueError, match="no recall example"):
-        score_recall(Copier(20), [])
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        score_recall(Copier(20), random_examples([20]), 0)
-
-
 def test_offline_masks_reach_their_examples(tmp_path):
     model, _ = load_model(blockffn_folder(tmp_path), "cpu", "float32")
     examples = random_examples([40, 40, 24, 40])

@@ -270,9 +270,9 @@ def test_validation_ranks_within_layers():
         for layer in LAYERS:
             row = by_layer[layer]
             found = stats.Interval(row["rho"], row["ci_low"], row["ci_high"])
-            assert row["cells"] == 150 and found == raw.per_layer[layer]
+            assert row["cells"] == 150 and found == raw[layer]
         if name == "levels":
-            assert raw.pooled.estimate > 0.5 > abs(by_layer["all"]["rho"]) + 0.3
+            assert raw["all"].estimate > 0.5 > abs(by_layer["all"]["rho"]) + 0.3
         assert by_layer["all"]["mask_kl"] == costs[name] and by_layer["all"]["random_kl"] == 0.3
         assert np.isnan([by_layer[layer][column] for layer in LAYERS for column in ("mask_kl", "random_kl")]).all()
     assert tables.choose_estimator(rows) == "cells"

@@ -150,11 +150,7 @@ def test_same_rows_for_every_predictor_and_the_recorded_split(finished):
     assert splits["problems"] == {"train": 15, "validation": 5, "test": 4}
     names = [name for part in splits["names"].values() for name in part]
     assert sorted(names) == sorted(f"{d}/{p}" for d in ("gsm8k", "humaneval") for p in range(PROBLEMS))
-    assert splits["stale_gate_at_hop_0"] == {
-        "rows": 2 * SAVED * LENGTH * LAYERS,
-        "top1": 1,
-        "all_experts": 1,
-    }
+    assert splits["stale_gate_at_hop_0"] == {"rows": 2 * SAVED * LENGTH * LAYERS, "top1": 1, "all_experts": 1}
     saved = [name for name in splits["names"]["test"] if int(name.split("/")[1]) < SAVED]
     assert splits["scored"]["problems"] == len(saved) and splits["scored"]["journeys"] == len(saved) * LENGTH
     layers = read(finished, "predictors_per_layer.csv")

@@ -392,10 +392,7 @@ def small_store(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         shard = folder / "store" / shard_name(dataset, 0)
         write_hidden(shard, states)
         write_shard(shard, some_journeys(problems, dataset=dataset), {"save_hidden": kept})
-    arrays = {
-        "weight": rng.normal(size=(3, 8, 5)).astype(np.float32),
-        "activation": np.array("softmax"),
-    }
+    arrays = {"weight": rng.normal(size=(3, 8, 5)).astype(np.float32), "activation": np.array("softmax")}
     write_npz(store.routers_file(folder / "store"), arrays, {"started": None})
     return first, second
 
