@@ -165,9 +165,6 @@ def main(arguments) -> None:
     """Measure the prompts, then the evaluation text, and write both."""
     session = open_session(arguments, {"evaluation": arguments.documents})
     length = kept_tokens(arguments, context_length(session.model))
-    data = session.data["evaluation"]
-    if data["matches"] is False:
-        print(f"note: the evaluation text differs from the recorded one: {data['hint']}", file=sys.stderr)
     meta = session.meta(document_tokens=length)
     clock = time.perf_counter()
     signals = prompt_signals(session.model, session.tokenizer, arguments.prompts)

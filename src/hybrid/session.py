@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,9 +59,14 @@ class Session:
 
     def read(self, name: str, split: str, count: int | None) -> None:
         """Read further text of a split, `count` documents or all, under a name of its own."""
-        self.texts[name] = text_data.load_documents(self.arguments.dataset, split, self.arguments.seed, count)
-        self.tokens[name] = text_data.tokenize(self.texts[name], self.tokenizer, self.arguments.document_tokens)
-        self.data[name] = text_data.identity(self.texts[name])
+        self.keep(name, text_data.load_documents(self.arguments.dataset, split, self.arguments.seed, count))
+
+    def keep(self, name: str, documents: list[Document]) -> None:
+        """Hold documents under a name, and say where they are not the ones that the shipped results were made on."""
+        self.texts[name], self.data[name] = documents, text_data.identity(documents)
+        self.tokens[name] = text_data.tokenize(documents, self.tokenizer, self.arguments.document_tokens)
+        if self.data[name]["matches"] is False:
+            print(f"note: the {name} text differs from the recorded one: {self.data[name]['hint']}", file=sys.stderr)
 
     def text_key(self, split: str) -> dict[str, Any]:
         """What a piece that was measured on a split's text depends on."""
@@ -167,13 +173,11 @@ def open_session(
         "model": identity["sha256"], "dtype": identity["dtype"], "device": eval_utils.model_device(model).type,
         "windows": windows,
     }  # fmt: skip
-    return Session(
-        arguments, folder, model, tokenizer, texts,
-        {split: text_data.tokenize(documents, tokenizer, arguments.document_tokens)
-         for split, documents in texts.items()},
-        windows, Pieces(folder / "pieces", common, getattr(arguments, "restart", False)), identity,
-        {split: text_data.identity(documents) for split, documents in texts.items()}, started,
-    )  # fmt: skip
+    pieces = Pieces(folder / "pieces", common, getattr(arguments, "restart", False))
+    session = Session(arguments, folder, model, tokenizer, {}, {}, windows, pieces, identity, {}, started)
+    for split, documents in texts.items():
+        session.keep(split, documents)
+    return session
 
 
 def document_table(scores: eval_utils.Scores) -> pd.DataFrame:

@@ -174,3 +174,58 @@ def test_run_main_returns_what_main_does_and_keeps_bugs():
         cli.run_main(lambda: int("x"))
     with pytest.raises(KeyError):
         cli.run_main(lambda: {}["x"])
+
+
+# -- run_main
+
+
+def run_main_with(statement):
+    code = f"from src.base import cli, errors\ndef main():\n    {statement}\ncli.run_main(main)"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("raise errors.UserError('alpha is 2;\\n use 0 to 1')", "error: alpha is 2; use 0 to 1\n"),
+        ("open('no/such/file')", "error: [Errno 2] No such file or directory: 'no/such/file'\n"),
+        ("from src.base.text_data import load_documents; load_documents('x.y', 'z')", None),
+        ("cli.Parser('d').parse_args(['--nope'])", "error: unrecognized arguments: --nope (see -c --help)\n"),
+        ("raise MemoryError", "error: out of memory: MemoryError; try fewer --window-tokens or --device cpu\n"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_code_2(statement, message):
+    run = run_main_with(statement)
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.count("\n") == 1 and run.stderr.startswith("error: ")
+    assert message is None or run.stderr == message
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["int('x')", "import numpy; numpy.ones(2) + numpy.ones(3)", "import json; json.loads('{')", "{}['x']", "1 / 0"],
+)
+def test_bugs_keep_their_traceback(statement):
+    run = run_main_with(statement)
+    assert run.returncode == 1
+    assert "Traceback" in run.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_one_line_and_exit_code_1():
+    run = run_main_with("open('/dev/full', 'w', buffering=1).write('x' * 9999 + chr(10))")
+    assert run.returncode == 1, run.stderr
+    assert run.stderr.count("\n") == 1 and "No space left on device" in run.stderr
+
+
+def test_interrupt_is_130_without_traceback():
+    run = run_main_with("raise KeyboardInterrupt")
+    assert run.returncode == 130 and "Traceback" not in run.stderr
+
+
+def test_a_closed_pipe_is_quiet():
+    code = "from src.base import cli\ndef main():\n    for i in range(100000): print(i)\ncli.run_main(main)"
+    run = subprocess.run(
+        f"'{sys.executable}' -c '{code}' | head -n 1", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.stdout == "0\n" and run.stderr == ""
