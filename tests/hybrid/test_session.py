@@ -17,7 +17,9 @@ def test_text_that_is_not_the_recorded_one_is_said(differs, capsys, monkeypatch)
     if differs:
         monkeypatch.setitem(text_data.RECORDED_SHA256, "code/evaluation", "0" * 64)
     arguments = argparse.Namespace(document_tokens=64)
-    session = Session(arguments, Path(), None, load_tokenizer(ASSETS_DIR / "blockffn-tiny"), {}, {}, {}, None, {}, {}, 0.0)
+    session = Session(
+        arguments, Path(), None, load_tokenizer(ASSETS_DIR / "blockffn-tiny"), {}, {}, {}, None, {}, {}, 0.0
+    )
     session.keep("evaluation", documents)
     said = capsys.readouterr().err
     assert ("note: the evaluation text differs" in said) == differs
