@@ -211,6 +211,7 @@ def as_written(values) -> np.ndarray:
 
 
 def json_bytes(obj: Any) -> bytes:
+    """An object as the bytes of a JSON file: indented, without NaN, ending in a new line."""
     return (json.dumps(jsonable(obj), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
